@@ -1,0 +1,1 @@
+"""From a lowered graph to kernels, a plan and a package."""

@@ -1,0 +1,85 @@
+"""What every backend produces: kernel specifications, and a plan of launches over buffers, as data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmc.ir.graph import Graph
+from llmc.ir.op import Value
+from llmc.passes.plan_memory import MemoryPlan
+
+SYMBOLS = ("tokens", "sequences", "max_blocks", "outputs")
+"""The sizes of a step, in the order in which kernels find them in `dims`."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel's whole identity: its kind and parameters. Equal specs are compiled once, whatever layer asks."""
+
+    kind: str
+    parameters: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def of(kind: str, **parameters: Any) -> KernelSpec:
+        """A spec with its parameters in canonical order."""
+        return KernelSpec(kind, tuple(sorted(parameters.items())))
+
+    @property
+    def symbol(self) -> str:
+        """The C symbol: kind and a hash of all fields."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.kind}_{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel run over the values it reads and writes, in the order of its C arguments.
+
+    `flops` and `bytes` are (fixed, for each token, for each token of context) at batch 1: what the ledger sums.
+    """
+
+    spec: KernelSpec
+    arguments: tuple[Value, ...]
+    node: str
+    flops: tuple[int, int, int]
+    bytes: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A lowered entry point: bounds on its symbols, its launches in order, where its arena values lie."""
+
+    name: str
+    bounds: Mapping[str, tuple[int, int]]
+    graph: Graph
+    launches: Sequence[Launch]
+    memory: MemoryPlan
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Compiled code: files by name, seconds by kernel symbol (for the report, never for the package)."""
+
+    files: Mapping[str, bytes]
+    seconds: Mapping[str, float]
+    variants: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+class Backend(Protocol):
+    """Lowers a step graph to entries, and entries' kernels to code."""
+
+    name: str
+
+    def lower(self, graph: Graph) -> Graph:
+        """The graph in ops that have kernels, parameters packed; the pack program is its parameter-only part."""
+
+    def plan(self, name: str, graph: Graph) -> Entry:
+        """The launches and buffers of a lowered, specialised graph."""
+
+    def compile(self, entries: Sequence[Entry], scratch: Path) -> Kernels:
+        """Code for every distinct kernel of the entries."""

@@ -1,0 +1,1 @@
+"""The CPU backend: TIR kernels compiled by TVM."""

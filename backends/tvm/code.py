@@ -1,0 +1,66 @@
+"""Code for kernel specifications: each distinct one is compiled once for every variant, then linked into a library."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from llmc.backends.base import Kernels, KernelSpec
+from llmc.backends.tvm.compile import compile_kernel, link
+from llmc.backends.tvm.isa import ISAS
+from llmc.backends.tvm.kernels import attention, cache, elementwise, embedding, linear, norm, rotary, rows
+from llmc.ir.target import CpuVariant
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "embedding": embedding.embedding,
+    "packed_embedding": embedding.packed_embedding,
+    "rms_norm": norm.rms_norm,
+    "add_rms_norm": norm.add_rms_norm,
+    "layer_norm": norm.layer_norm,
+    "add_layer_norm": norm.add_layer_norm,
+    "linear": linear.linear,
+    "gated_linear": linear.gated_linear,
+    "rotary_table": rotary.rotary_table,
+    "dynamic_rotary_table": rotary.dynamic_rotary_table,
+    "rope_append": cache.rope_append,
+    "append": cache.append,
+    "paged_attention": attention.paged_attention,
+    "gather_rows": rows.gather_rows,
+    "argmax": rows.argmax,
+    "add": elementwise.add,
+    "multiply": elementwise.multiply,
+    "scale": elementwise.scale,
+    "unary": elementwise.unary,
+}
+
+
+def compile_specs(specs: Iterable[KernelSpec], variants: Iterable[CpuVariant], scratch: Path) -> Kernels:
+    """One library for each variant, with every kernel and the native runtime.
+
+    `scratch` is a folder for intermediate files. Seconds are those of the slowest variant's compile of each kernel.
+    """
+    distinct = sorted(set(specs), key=lambda s: s.symbol)
+    files: dict[str, bytes] = {}
+    seconds: dict[str, float] = {}
+    described = []
+    for variant in variants:
+        isa = ISAS[variant.name]
+        objects: dict[str, bytes] = {}
+        for spec in distinct:
+            start = time.perf_counter()
+            objects[spec.symbol] = compile_kernel(_MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
+            seconds[spec.symbol] = max(seconds.get(spec.symbol, 0.0), time.perf_counter() - start)
+        library = scratch / f"kernels-{variant.name}.so"
+        link(objects, isa, library)
+        files[library.name] = library.read_bytes()
+        described.append(
+            {
+                "name": variant.name,
+                "kernels": library.name,
+                "weights": "weights.bin",
+                "requires": sorted(variant.requires),
+            }
+        )
+    return Kernels(files, seconds, described)

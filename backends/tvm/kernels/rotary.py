@@ -1,0 +1,139 @@
+"""Tables of cosines and sines for rotary position embeddings."""
+
+from __future__ import annotations
+
+import math
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from llmc.backends.tvm.kernels.vector import bind, f32, intrinsic, share, specialised
+
+_MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it leaves the nearest integer in the low mantissa bits
+_HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
+
+
+def rotary_table(symbol, isa, *, rot_dim, attention_scaling=1.0):
+    """positions i32 [tokens], inv_freq f32 [rot_dim / 2], cos and sin f32 [tokens, rot_dim / 2].
+
+    The angle is position · inv_freq rounded to float32, as frameworks take it; cos and sin of it are correct to 6e-8.
+    """
+    return _table(symbol, rot_dim, attention_scaling, lambda F, position, i: F[i], fixed=True)
+
+
+def dynamic_rotary_table(symbol, isa, *, rot_dim, base, factor, max_position_embeddings, attention_scaling=1.0):
+    """positions i32 [tokens], cos and sin f32 [tokens, rot_dim / 2].
+
+    Dynamic NTK scaling of each token by its own length n = position + 1: beyond `max_position_embeddings` the base is
+    base · (factor · n / max - (factor - 1)) ^ (rot_dim / (rot_dim - 2)).
+    """
+
+    def frequency(F, position, i):
+        length = T.Cast("float64", T.max(position + 1, max_position_embeddings))
+        stretch = length * f64(factor / max_position_embeddings) - f64(factor - 1)
+        power = f64(rot_dim / (rot_dim - 2)) if rot_dim > 2 else f64(0.0)
+        exponent = T.Cast("float64", i) * f64(-2.0 / rot_dim)
+        return T.Cast("float32", _exp(exponent * fma64(power, _log(stretch), f64(math.log(base)))))
+
+    return _table(symbol, rot_dim, attention_scaling, frequency, fixed=False)
+
+
+def _table(symbol, rot_dim, attention_scaling, frequency, fixed):
+    half = rot_dim // 2
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        task: T.int32,
+        tasks: T.int32,
+        dims: T.handle("int32"),
+        positions: T.handle("int32"),
+        inv_freq: T.handle("float32"),
+        cos: T.handle("float32"),
+        sin: T.handle("float32"),
+    ):
+        D = T.decl_buffer((4,), "int32", data=dims)
+        P = T.decl_buffer((1,), "int32", data=positions)
+        F = T.decl_buffer((half,), "float32", data=inv_freq)
+        C = T.decl_buffer((1,), "float32", data=cos)
+        S = T.decl_buffer((1,), "float32", data=sin)
+        first: T.let = share(task, tasks, D[0])
+        for t in T.serial(share(task + 1, tasks, D[0]) - first):
+            for i in T.serial(half):
+                angle: T.let = T.Cast("float64", T.Cast("float32", P[first + t]) * frequency(F, P[first + t], i))
+                biased: T.let = fma64(angle, f64(2 / math.pi), f64(_MAGIC))
+                quadrant: T.let = T.bitwise_and(T.reinterpret("int64", biased), T.int64(3))
+                n: T.let = biased - f64(_MAGIC)
+                r: T.let = fma64(n, f64(-_HALF_PI[1]), fma64(n, f64(-_HALF_PI[0]), angle))
+                s: T.let = _sin(r)
+                c: T.let = _cos(r)
+                odd: T.let = T.bitwise_and(quadrant, T.int64(1)) != T.int64(0)
+                # Quadrants turn (cos, sin) to (-sin, cos), (-cos, -sin), (sin, -cos).
+                cosine: T.let = T.Select(odd, s, c) * T.Select(
+                    T.bitwise_and(quadrant + T.int64(1), T.int64(2)) != T.int64(0), f64(-1.0), f64(1.0)
+                )
+                sine: T.let = T.Select(odd, c, s) * T.Select(
+                    T.bitwise_and(quadrant, T.int64(2)) != T.int64(0), f64(-1.0), f64(1.0)
+                )
+                C[(first + t) * half + i] = T.Cast("float32", cosine) * f32(attention_scaling)
+                S[(first + t) * half + i] = T.Cast("float32", sine) * f32(attention_scaling)
+
+    return specialised(kernel, symbol, {"inv_freq": fixed})
+
+
+def f64(value):
+    """A float64 constant."""
+    return tirx.FloatImm("float64", value)
+
+
+def fma64(a, b, c):
+    """a · b + c in float64, rounded once."""
+    return intrinsic("llvm.fma", a, b, c, dtype="float64")
+
+
+def _polynomial(x, coefficients):
+    """Horner's rule, lowest power first."""
+    result = f64(coefficients[-1])
+    for c in coefficients[-2::-1]:
+        result = fma64(result, x, f64(c))
+    return result
+
+
+def _sin(r):
+    """Taylor's series on [-π/4, π/4], to 1e-14."""
+    series = [(-1) ** i / math.factorial(2 * i + 1) for i in range(8)]
+    return r * bind(r * r, lambda s: _polynomial(s, series))
+
+
+def _cos(r):
+    """Taylor's series on [-π/4, π/4], to 1e-14."""
+    return bind(r * r, lambda s: _polynomial(s, [(-1) ** i / math.factorial(2 * i) for i in range(9)]))
+
+
+def _exp(x):
+    """e^x for |x| < 700, to 1e-14 relative."""
+
+    def scaled(x, t):
+        n = t - f64(_MAGIC)
+        r = bind(n, lambda n: fma64(n, f64(-1.9082149292705877e-10), fma64(n, f64(-0.6931471803691238), x)))
+        series = [1 / math.factorial(i) for i in range(14)]
+        whole = T.reinterpret("int64", t) - T.reinterpret("int64", f64(_MAGIC))
+        power = T.reinterpret("float64", T.shift_left(whole + T.int64(1023), T.int64(52)))
+        return bind(r, lambda r: _polynomial(r, series)) * power
+
+    return bind(x, lambda x: bind(fma64(x, f64(1.4426950408889634), f64(_MAGIC)), lambda t: scaled(x, t)))
+
+
+def _log(x):
+    """Natural logarithm of a normal x > 0, to 1e-14: 2 atanh((m - 1) / (m + 1)) of a mantissa m in [0.71, 1.42)."""
+
+    def parts(bits):
+        # Counting the exponent from sqrt(1/2) puts the mantissa around 1.
+        exponent = T.shift_right(bits - T.int64(0x3FE6A09E667F3BCD), T.int64(52))
+        return bind(exponent, lambda e: series(e, T.reinterpret("float64", bits - T.shift_left(e, T.int64(52)))))
+
+    def series(e, m):
+        ratio = bind(m, lambda m: (m - f64(1.0)) / (m + f64(1.0)))
+        terms = [2 / (2 * i + 1) for i in range(11)]
+        return bind(ratio, lambda s: fma64(T.Cast("float64", e), f64(math.log(2)), s * bind(s * s, lambda q: _polynomial(q, terms))))
+
+    return bind(T.reinterpret("int64", x), parts)

@@ -1,0 +1,176 @@
+"""Ops of this backend: weights packed in panels of rows, and the ops that read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.backends.tvm.packing import PANEL, pack, pack_gated, unpack, unpack_gated
+from llmc.ir.op import Array, Emitter, Op, Value
+from llmc.ir.types import DType, TensorType
+
+
+class _Packing(Op, abstract=True):
+    """A rearrangement of a weight; works on storage arrays."""
+
+    moves_data = True
+    stage = "step"
+
+
+@dataclass(frozen=True)
+class PackPanels(_Packing):
+    """[n, k] -> [ceil(n / 16), k, 16]: a lane is a row; missing rows are zero."""
+
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        self.expects(len(types) == 1 and types[0].rank == 2, "one matrix", *types)
+        n, k = types[0].concrete({})
+        return (TensorType(types[0].dtype, (-(-n // PANEL), k, PANEL)),)
+
+    def reference(self, *arrays: Array) -> tuple[Array, ...]:
+        return (pack(arrays[0]),)
+
+
+@dataclass(frozen=True)
+class UnpackPanels(_Packing):
+    """[ceil(n / 16), k, 16] -> [n, k]: the inverse of `PackPanels`."""
+
+    rows: int
+
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        self.expects(len(types) == 1 and types[0].rank == 3, "packed panels", *types)
+        self.expects(types[0].shape[0] == -(-self.rows // PANEL), f"panels of {self.rows} rows", *types)
+        return (TensorType(types[0].dtype, (self.rows, types[0].shape[1])),)
+
+    def reference(self, *arrays: Array) -> tuple[Array, ...]:
+        return (unpack(arrays[0], self.rows),)
+
+
+@dataclass(frozen=True)
+class PackGated(_Packing):
+    """[2n, k], gate rows then up rows -> [ceil(n / 8), k, 16]: in each panel 8 rows of gate, then their 8 of up."""
+
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        self.expects(len(types) == 1 and types[0].rank == 2, "one matrix", *types)
+        n, k = types[0].concrete({})
+        return (TensorType(types[0].dtype, (-(-(n // 2) * 2 // PANEL), k, PANEL)),)
+
+    def reference(self, *arrays: Array) -> tuple[Array, ...]:
+        half = len(arrays[0]) // 2
+        return (pack_gated(arrays[0][:half], arrays[0][half:]),)
+
+
+@dataclass(frozen=True)
+class UnpackGated(_Packing):
+    """The inverse of `PackGated`; `rows` is the number of gate rows."""
+
+    rows: int
+
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        self.expects(len(types) == 1 and types[0].rank == 3, "packed panels", *types)
+        return (TensorType(types[0].dtype, (2 * self.rows, types[0].shape[1])),)
+
+    def reference(self, *arrays: Array) -> tuple[Array, ...]:
+        return (np.concatenate(unpack_gated(arrays[0], self.rows)),)
+
+
+@dataclass(frozen=True)
+class PackedLinear(Op):
+    """`linear` with its weight in panels. Operands: x [m, k], panels, [bias f32 [rows]]; result [m, rows]."""
+
+    rows: int
+    bias: bool = False
+    activation: str = "none"
+
+    stage = "step"
+
+    def decompose(self, b: Emitter, *values: Value) -> Value:
+        x, packed, *bias = values
+        weight = b.unpack_panels(packed, rows=self.rows)
+        result: Value = b.linear(x, weight, *bias, bias=self.bias, activation=self.activation)
+        return result
+
+
+@dataclass(frozen=True)
+class PackedGatedLinear(Op):
+    """`gated_linear` with its weight in gated panels. Operands: x [m, k], panels; result [m, rows]."""
+
+    rows: int
+    activation: str
+
+    stage = "step"
+
+    def decompose(self, b: Emitter, *values: Value) -> Value:
+        x, packed = values
+        result: Value = b.gated_linear(x, b.unpack_gated(packed, rows=self.rows), activation=self.activation)
+        return result
+
+
+@dataclass(frozen=True)
+class PackedEmbedding(Op):
+    """`embedding` that reads rows out of panels, so that a tied head and its table are stored once.
+
+    Operands: ids i32 [n], panels; result f32 [n, k].
+    """
+
+    rows: int
+
+    stage = "step"
+
+    def decompose(self, b: Emitter, *values: Value) -> Value:
+        ids, packed = values
+        result: Value = b.embedding(ids, b.unpack_panels(packed, rows=self.rows), dtype=DType.F32)
+        return result
+
+
+@dataclass(frozen=True)
+class JointAttention(Op):
+    """`paged_attention` that reads its queries in place, out of the joint projection. Operands as there, with
+    qkv [tokens, (num_heads + 2 · num_kv_heads) · head_dim] for q; result [tokens, num_heads · head_dim]."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+    stage = "step"
+
+    def decompose(self, b: Emitter, *values: Value) -> Value:
+        qkv, *rest = values
+        q = b.slice(qkv, axis=1, start=0, stop=self.num_heads * self.head_dim)
+        result: Value = b.paged_attention(
+            q,
+            *rest,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class DynamicRotaryTable(Op):
+    """`rotary_table` over `dynamic_frequencies`, in one. Operand: positions i32 [t]; results: cos, sin f32
+    [t, rotary_dim / 2]."""
+
+    base: float
+    factor: float
+    max_positions: int
+    rotary_dim: int
+    scaling: float
+
+    stage = "step"
+    result_count = 2
+
+    def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
+        (positions,) = values
+        frequencies = b.dynamic_frequencies(
+            b.cast(positions, dtype=DType.F32),
+            base=self.base,
+            factor=self.factor,
+            max_positions=self.max_positions,
+            rotary_dim=self.rotary_dim,
+        )
+        result: tuple[Value, ...] = b.rotary_table(positions, frequencies, scaling=self.scaling)
+        return result

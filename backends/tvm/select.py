@@ -1,0 +1,276 @@
+"""Which kernel runs a node: a table from op classes to kernel specifications and the order of their C arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from llmc.backends.base import SYMBOLS, KernelSpec
+from llmc.backends.tvm.ops import (
+    DynamicRotaryTable,
+    JointAttention,
+    PackedEmbedding,
+    PackedGatedLinear,
+    PackedLinear,
+)
+from llmc.ir.op import Node, Op, Value
+from llmc.ir.ops.attention import PagedAttention
+from llmc.ir.ops.cache import QkvAppend, RopeAppend
+from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Mul, MulScalar
+from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
+from llmc.ir.ops.reduce import Argmax
+from llmc.ir.ops.rope import RotaryTable
+from llmc.ir.ops.shape import GatherRows
+from llmc.ir.types import DType, TensorType, symbols_of
+
+_OpT = TypeVar("_OpT", bound=Op)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A kernel and the values it is given, in the order of its C arguments."""
+
+    spec: KernelSpec
+    arguments: tuple[Value, ...]
+
+
+_TABLE: dict[type[Op], Callable[[Op, Node], Selected | None]] = {}
+
+
+def has_kernel(node: Node) -> bool:
+    """Whether `select` finds one."""
+    return select(node) is not None
+
+
+def select(node: Node) -> Selected | None:
+    """The kernel for a node, or None."""
+    choose = _TABLE.get(type(node.op))
+    return choose(node.op, node) if choose else None
+
+
+def _kernel(kind: type[_OpT]) -> Callable[[Callable[[_OpT, Node], Selected | None]], Callable[[_OpT, Node], Selected | None]]:
+    def register(choose: Callable[[_OpT, Node], Selected | None]) -> Callable[[_OpT, Node], Selected | None]:
+        _TABLE[kind] = choose  # type: ignore[assignment]
+        return choose
+
+    return register
+
+
+def _rows(type: TensorType) -> int:
+    """Which entry of `dims` counts the rows of a [rows, width] value."""
+    names = {s.name for s in symbols_of(type.shape[0])}
+    assert len(names) == 1, f"rows of {type} are not one symbol"
+    return SYMBOLS.index(names.pop())
+
+
+def _width(type: TensorType) -> int:
+    width = type.shape[-1]
+    assert isinstance(width, int)
+    return width
+
+
+def _sizes(type: TensorType) -> tuple[int, ...]:
+    return type.concrete({})
+
+
+@_kernel(Embedding)
+def _embedding(op: Embedding, node: Node) -> Selected | None:
+    ids, table = node.inputs
+    if op.dtype is not DType.F32:
+        return None
+    vocab, hidden = _sizes(table.type)
+    spec = KernelSpec.of("embedding", vocab=vocab, hidden=hidden, weight_dtype=table.type.dtype.value)
+    return Selected(spec, (ids, table, *node.results))
+
+
+@_kernel(PackedEmbedding)
+def _packed_embedding(op: PackedEmbedding, node: Node) -> Selected:
+    ids, panels = node.inputs
+    hidden = _width(node.types[0])
+    spec = KernelSpec.of("packed_embedding", vocab=op.rows, hidden=hidden, weight_dtype=panels.type.dtype.value)
+    return Selected(spec, (ids, panels, *node.results))
+
+
+@_kernel(RmsNorm)
+def _rms_norm(op: RmsNorm, node: Node) -> Selected | None:
+    return _norm("rms_norm", op.eps, node)
+
+
+@_kernel(LayerNorm)
+def _layer_norm(op: LayerNorm, node: Node) -> Selected | None:
+    return _norm("layer_norm", op.eps, node)
+
+
+@_kernel(AddRmsNorm)
+def _add_rms_norm(op: AddRmsNorm, node: Node) -> Selected | None:
+    return _norm("add_rms_norm", op.eps, node)
+
+
+@_kernel(AddLayerNorm)
+def _add_layer_norm(op: AddLayerNorm, node: Node) -> Selected | None:
+    return _norm("add_layer_norm", op.eps, node)
+
+
+def _norm(kind: str, eps: float, node: Node) -> Selected | None:
+    x = node.types[0]
+    if x.rank != 2 or any(v.type.dtype is not DType.F32 for v in node.inputs):
+        return None
+    spec = KernelSpec.of(kind, rows_dim=_rows(x), hidden=_width(x), eps=eps)
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(PackedLinear)
+def _linear(op: PackedLinear, node: Node) -> Selected:
+    x, panels = node.inputs[:2]
+    spec = KernelSpec.of(
+        "linear",
+        rows_dim=_rows(x.type),
+        n=op.rows,
+        k=_width(x.type),
+        weight_dtype=panels.type.dtype.value,
+        bias=op.bias,
+        epilogue=op.activation,
+    )
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(PackedGatedLinear)
+def _gated_linear(op: PackedGatedLinear, node: Node) -> Selected:
+    x, panels = node.inputs
+    spec = KernelSpec.of(
+        "gated_linear",
+        rows_dim=_rows(x.type),
+        n=op.rows,
+        k=_width(x.type),
+        weight_dtype=panels.type.dtype.value,
+        activation=op.activation,
+    )
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(RotaryTable)
+def _rotary_table(op: RotaryTable, node: Node) -> Selected | None:
+    positions, frequencies = node.inputs
+    width = 2 * _width(frequencies.type)
+    if frequencies.type.rank != 1:
+        return None
+    spec = KernelSpec.of("rotary_table", rot_dim=width, attention_scaling=op.scaling)
+    return Selected(spec, (positions, frequencies, *node.results))
+
+
+@_kernel(DynamicRotaryTable)
+def _dynamic_rotary_table(op: DynamicRotaryTable, node: Node) -> Selected:
+    spec = KernelSpec.of(
+        "dynamic_rotary_table",
+        rot_dim=op.rotary_dim,
+        base=op.base,
+        factor=op.factor,
+        max_position_embeddings=op.max_positions,
+        attention_scaling=op.scaling,
+    )
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(RopeAppend)
+def _rope_append(op: RopeAppend, node: Node) -> Selected:
+    qkv, cos, sin, slots, key, value = node.inputs
+    spec = KernelSpec.of(
+        "rope_append",
+        q_heads=op.num_heads,
+        kv_heads=op.num_kv_heads,
+        head_dim=op.head_dim,
+        rot_dim=op.rotary_dim,
+        layout=op.layout,
+        kv_dtype=key.type.dtype.value,
+    )
+    return Selected(spec, (qkv, cos, sin, slots, key, value, node.results[0]))
+
+
+@_kernel(QkvAppend)
+def _append(op: QkvAppend, node: Node) -> Selected:
+    """The queries stay where they are: `JointAttention` reads them there."""
+    qkv, slots, key, value = node.inputs
+    spec = KernelSpec.of(
+        "append",
+        q_heads=op.num_heads,
+        kv_heads=op.num_kv_heads,
+        head_dim=op.head_dim,
+        kv_dtype=key.type.dtype.value,
+    )
+    return Selected(spec, (qkv, slots, key, value))
+
+
+@_kernel(PagedAttention)
+def _paged_attention(op: PagedAttention, node: Node) -> Selected:
+    return _attention(op, node)
+
+
+@_kernel(JointAttention)
+def _joint_attention(op: JointAttention, node: Node) -> Selected:
+    return _attention(op, node)
+
+
+def _attention(op: PagedAttention | JointAttention, node: Node) -> Selected:
+    q, key, value, positions, query_start, tables = node.inputs
+    spec = KernelSpec.of(
+        "paged_attention",
+        q_heads=op.num_heads,
+        kv_heads=op.num_kv_heads,
+        head_dim=op.head_dim,
+        scale=op.scale,
+        kv_dtype=key.type.dtype.value,
+        query_stride=_width(q.type),
+    )
+    return Selected(spec, (q, key, value, positions, query_start, tables, *node.results))
+
+
+@_kernel(GatherRows)
+def _gather_rows(op: GatherRows, node: Node) -> Selected | None:
+    x, rows = node.inputs
+    if x.type.rank != 2 or x.type.dtype is not DType.F32:
+        return None
+    return Selected(KernelSpec.of("gather_rows", width=_width(x.type)), (x, rows, *node.results))
+
+
+@_kernel(Argmax)
+def _argmax(op: Argmax, node: Node) -> Selected | None:
+    (x,) = node.inputs
+    if x.type.rank != 2 or x.type.dtype is not DType.F32 or _rows(x.type) != SYMBOLS.index("outputs"):
+        return None
+    return Selected(KernelSpec.of("argmax", n=_width(x.type)), (x, *node.results))
+
+
+@_kernel(Add)
+def _add(op: Add, node: Node) -> Selected | None:
+    return _elementwise("add", node)
+
+
+@_kernel(Mul)
+def _multiply(op: Mul, node: Node) -> Selected | None:
+    return _elementwise("multiply", node)
+
+
+@_kernel(MulScalar)
+def _scale(op: MulScalar, node: Node) -> Selected | None:
+    return _elementwise("scale", node, factor=op.value)
+
+
+def _activation(name: str) -> Callable[[Op, Node], Selected | None]:
+    return lambda op, node: _elementwise("unary", node, activation=name)
+
+
+for _name, _kind in ACTIVATIONS.items():
+    _TABLE[_kind] = _activation(_name)
+
+
+def _elementwise(kind: str, node: Node, **parameters: float | str) -> Selected | None:
+    """Rows of one shape, float32: what broadcasts has no kernel."""
+    type = node.types[0]
+    if type.rank != 2 or type.dtype is not DType.F32 or any(v.type != type for v in node.inputs):
+        return None
+    if not symbols_of(type.shape[0]):
+        return None
+    spec = KernelSpec.of(kind, rows_dim=_rows(type), width=_width(type), **parameters)
+    return Selected(spec, (*node.inputs, *node.results))

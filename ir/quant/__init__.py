@@ -1,0 +1,1 @@
+"""Quantization formats: name, bits, layout, pack, unpack and error bound."""

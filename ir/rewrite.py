@@ -1,0 +1,383 @@
+"""Rewriting: find subgraphs, put others in their place. A non-match gives its reason; firings are counted.
+
+A pattern is traced from a function in the builder's vocabulary, so the fusion rule of a fused op is its `decompose`
+with holes for operands and attributes. A rule that has to look at shapes overrides `match`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from llmc.ir.graph import Graph, Leaf, remake
+from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple
+
+
+@dataclass(frozen=True)
+class Var:
+    """A hole for an attribute: matches any value, the same wherever it occurs."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """Why a rule does not apply, at which node, and how many nodes had fitted before."""
+
+    reason: str
+    node: Node | None = None
+    depth: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.reason}" + (f" (at {self.node!r})" if self.node else "")
+
+
+@dataclass(frozen=True)
+class Match:
+    """A subgraph that fits: operands and attributes by name, the nodes it covers, the values it replaces in order."""
+
+    root: Node
+    operands: Mapping[str, Value]
+    attributes: Mapping[str, Any]
+    nodes: frozenset[Node]
+    replaced: tuple[Value, ...]
+
+    def __getitem__(self, name: str) -> Value:
+        return self.operands[name]
+
+
+class Rule:
+    """One rewrite. `roots` are the op classes at which a match may end."""
+
+    name: ClassVar[str] = "rule"
+    roots: ClassVar[tuple[type[Op], ...]] = ()
+
+    def root_ops(self) -> tuple[type[Op], ...]:
+        """Op classes that the engine offers to `match`."""
+        return self.roots
+
+    def title(self) -> str:
+        """The rule's name in counts and reports."""
+        return self.name
+
+    def match(self, root: Node, graph: Graph) -> Match | NoMatch:
+        """Whether the subgraph that ends at `root` fits; if not, why."""
+        raise NotImplementedError
+
+    def rewrite(self, b: Emitter, match: Match) -> Any:
+        """The values that take the place of `match.replaced`; made with `b`, which carries the root's `loc`."""
+        raise NotImplementedError
+
+
+class PatternRule(Rule):
+    """A rule whose `pattern` is traced; `operand_names` name its operands, `Var`s its attributes."""
+
+    operand_names: Sequence[str] = ()
+
+    def pattern(self, b: Emitter, *operands: Value) -> Any:
+        """The subgraph to look for. A value or a tuple; the last one is the root."""
+        raise NotImplementedError
+
+    def check(self, match: Match, graph: Graph) -> NoMatch | None:
+        """A last look at types and attributes."""
+        return None
+
+    def __init__(self) -> None:
+        self.traced = trace(self.pattern, self.operand_names)
+
+    def root_ops(self) -> tuple[type[Op], ...]:
+        return (type(self.traced.results[-1].op),)
+
+    def match(self, root: Node, graph: Graph) -> Match | NoMatch:
+        found = self.traced.match(root)
+        return found if isinstance(found, NoMatch) else self.check(found, graph) or found
+
+
+class Fuse(PatternRule):
+    """The rule that puts a fused op where its decomposition stands."""
+
+    def __init__(self, fused: type[Op], **fixed: Any) -> None:
+        self.fused = fused
+        self.fixed = fixed
+        holes = {f.name: fixed.get(f.name, Var(f.name)) for f in fields(fused)}  # type: ignore[arg-type]
+        pattern_op = fused(**holes)
+        count = _operand_count(fused)
+        self.operand_names = [f"operand{i}" for i in range(count)]
+        self.traced = trace(pattern_op.decompose, self.operand_names)
+
+    def title(self) -> str:
+        return self.fused.name.replace("_", "-")
+
+    def rewrite(self, b: Emitter, match: Match) -> Any:
+        op = self.fused(**{**match.attributes, **self.fixed})
+        return b(op, *(match[name] for name in self.operand_names))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A traced pattern: untyped nodes over holes."""
+
+    operands: Mapping[str, Value]
+    results: tuple[Value, ...]
+    inner: frozenset[Node]
+
+    def match(self, root: Node) -> Match | NoMatch:
+        """Fit the pattern with its last result at the root."""
+        last = self.results[-1]
+        deepest = NoMatch(f"want {last.op.name}, found {root.op.name}", root, 0)
+        for found in _match(last, Value(root, last.index), _Bindings()):
+            if isinstance(found, NoMatch):
+                deepest = max(deepest, found, key=lambda n: n.depth)
+                continue
+            missing = [r for r in self.results if r not in found.values]
+            if missing:
+                return NoMatch("a result of the pattern hangs on nothing that the root reaches", root)
+            return Match(
+                root,
+                {name: found.values[hole] for name, hole in self.operands.items()},
+                found.attributes,
+                frozenset(found.values[Value(n)].node for n in self.inner if Value(n) in found.values),
+                tuple(found.values[r] for r in self.results),
+            )
+        return deepest
+
+
+def trace(function: Callable[..., Any], names: Sequence[str]) -> Pattern:
+    """Run the function on a hole for each name; what it builds is the pattern."""
+    holes = {name: Value(Node(Hole(i), (), ())) for i, name in enumerate(names)}
+    results = as_tuple(function(_Tracer(), *holes.values()))
+    inner: set[Node] = set()
+    stack = [v.node for v in results]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node.op, Hole) and node not in inner:
+            inner.add(node)
+            stack += [v.node for v in node.inputs]
+    return Pattern(holes, results, frozenset(inner))
+
+
+@dataclass
+class Budget:
+    """How many rewrites may still happen (for bisection); None is no limit."""
+
+    remaining: int | None = None
+
+    def take(self) -> bool:
+        """Use one; False when none is left."""
+        if self.remaining is None:
+            return True
+        self.remaining -= 1
+        return self.remaining >= 0
+
+
+@dataclass
+class Rewritten:
+    """What `rewrite` did: the graph, firings by rule, and refusals by rule (deepest first)."""
+
+    graph: Graph
+    counts: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, list[NoMatch]] = field(default_factory=dict)
+
+
+def rewrite(graph: Graph, rules: Sequence[Rule], budget: Budget | None = None) -> Rewritten:
+    """Apply the rules until none fires. Overlapping matches go to the first root in topological order."""
+    budget = budget or Budget()
+    done = Rewritten(graph, {r.title(): 0 for r in rules})
+    while True:
+        done.refusals = {r.title(): [] for r in rules}
+        plan = _plan(done.graph, rules, budget, done)
+        if not plan:
+            break
+        done.graph = _apply(done.graph, plan)
+    for reasons in done.refusals.values():
+        reasons.sort(key=lambda n: -n.depth)
+    return done
+
+
+def _plan(graph: Graph, rules: Sequence[Rule], budget: Budget, done: Rewritten) -> list[tuple[Rule, Match]]:
+    plan: list[tuple[Rule, Match]] = []
+    claimed: set[Node] = set()
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    by_root: dict[type[Op], list[Rule]] = {}
+    for rule in rules:
+        for root in rule.root_ops():
+            by_root.setdefault(root, []).append(rule)
+    for node in graph.nodes:
+        for rule in by_root.get(type(node.op), ()):
+            found = rule.match(node, graph)
+            if isinstance(found, Match):
+                if found.nodes & claimed:
+                    break  # the next round looks again
+                refusal = _illegal(found, graph, order)
+                if refusal is None:
+                    if not budget.take():
+                        return plan
+                    claimed |= found.nodes
+                    plan.append((rule, found))
+                    done.counts[rule.title()] += 1
+                    break
+                found = refusal
+            done.refusals[rule.title()].append(found)
+    return plan
+
+
+def _illegal(match: Match, graph: Graph, order: Mapping[Node, int]) -> NoMatch | None:
+    """An inner value that is needed outside, or an operand that depends on what the match removes."""
+    kept = set(match.replaced)
+    for node in match.nodes:
+        if node in graph.parameter_only:
+            continue
+        for value in node.results:
+            if value in kept:
+                continue
+            readers = [n for n, _ in graph.uses.get(value, ()) if n not in match.nodes]
+            if readers or value in graph.results:
+                reader = repr(readers[0]) if readers else "a result of the graph"
+                return NoMatch(f"its inner value is also used by {reader}", node, len(match.nodes))
+    first = min((order[n] for n in match.nodes if n in order), default=0)
+    removed = {v.node for v in match.replaced}
+    stack, seen = [v.node for v in match.operands.values()], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen or order.get(node, -1) < first:
+            continue
+        if node in removed:
+            return NoMatch("an operand depends on a value that would be replaced", node, len(match.nodes))
+        seen.add(node)
+        stack += [v.node for v in node.inputs]
+    return None
+
+
+def _apply(graph: Graph, plan: Sequence[tuple[Rule, Match]]) -> Graph:
+    """Rebuild with every planned match replaced; an item is a node or a whole match, ordered by what it needs."""
+    owner: dict[Value, int] = {v: i for i, (_, m) in enumerate(plan) for v in m.replaced}
+    new: dict[Value, Value] = {}
+    expanding: set[Node | int] = set()
+
+    def item(value: Value) -> Node | int | None:
+        if value in new or isinstance(value.op, Leaf):
+            return None
+        return owner.get(value, value.node)
+
+    def needs(current: Node | int) -> Iterator[Node | int]:
+        operands = plan[current][1].operands.values() if isinstance(current, int) else current.inputs
+        return (i for i in map(item, operands) if i is not None)
+
+    def emit(current: Node | int) -> None:
+        if isinstance(current, int):
+            rule, found = plan[current]
+            b = Emitter()
+            b.loc = found.root.loc
+            operands = {name: new.get(v, v) for name, v in found.operands.items()}
+            made = as_tuple(rule.rewrite(b, Match(found.root, operands, found.attributes, found.nodes, found.replaced)))
+            assert len(made) == len(found.replaced), f"{rule.title()} replaces {len(found.replaced)} values"
+            for old, value in zip(found.replaced, made, strict=True):
+                assert old.type == value.type, f"{rule.title()}: {old.type} became {value.type}"
+                new[old] = value
+        else:
+            made_node = remake(current, tuple(new.get(v, v) for v in current.inputs))
+            for old, value in zip(current.results, made_node.results, strict=True):
+                new.setdefault(old, value)
+
+    for result in (*(v for _, v in graph.outputs), *graph.next_states):
+        first = item(result)
+        stack: list[Node | int] = [] if first is None else [first]
+        while stack:
+            current = stack[-1]
+            pending = next(needs(current), None)
+            if pending is None:
+                emit(current)
+                expanding.discard(stack.pop())
+            elif pending in expanding:
+                return _apply(graph, plan[:1])  # two matches wait for each other: one at a time
+            else:
+                expanding.add(current)
+                stack.append(pending)
+    return Graph(
+        graph.name,
+        graph.inputs,
+        graph.params,
+        graph.states,
+        tuple((name, new.get(v, v)) for name, v in graph.outputs),
+        tuple(new.get(v, v) for v in graph.next_states),
+    )
+
+
+class _Tracer(Emitter):
+    """Makes untyped nodes: a pattern."""
+
+    def make(self, op: Op, inputs: tuple[Value, ...]) -> Node:
+        node = Node(op, inputs, (), "")
+        return _Untyped(node.op, node.inputs, (), "")
+
+
+class _Untyped(Node):
+    @property
+    def results(self) -> tuple[Value, ...]:
+        return tuple(Value(self, i) for i in range(self.op.result_count))
+
+
+@dataclass(frozen=True)
+class _Bindings:
+    values: Mapping[Value, Value] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _match(pattern: Value, value: Value, bound: _Bindings) -> Iterator[_Bindings | NoMatch]:
+    """All ways in which the pattern fits the value, as bindings; every dead end as a NoMatch."""
+    depth = len(bound.values)
+    if pattern in bound.values:
+        if bound.values[pattern] == value:
+            yield bound
+        else:
+            yield NoMatch("a value occurs twice in the pattern but not here", value.node, depth)
+        return
+    if isinstance(pattern.op, Hole):
+        yield _Bindings({**bound.values, pattern: value}, bound.attributes)
+        return
+    if type(pattern.op) is not type(value.op) or pattern.index != value.index:
+        yield NoMatch(f"want {pattern.op.name}, found {value.op.name}", value.node, depth)
+        return
+    attributes = dict(bound.attributes)
+    for f in fields(pattern.op):  # type: ignore[arg-type]
+        want, given = getattr(pattern.op, f.name), getattr(value.op, f.name)
+        if isinstance(want, Var):
+            want = attributes.setdefault(want.name, given)
+        if want != given:
+            yield NoMatch(f"{value.op.name}: want {f.name}={want}, found {given}", value.node, depth)
+            return
+    here = {Value(pattern.node, i): Value(value.node, i) for i in range(max(1, len(value.node.types)))}
+    start = _Bindings({**bound.values, **here}, attributes)
+    orders = [value.node.inputs]
+    if value.op.commutative:
+        orders.append(tuple(reversed(value.node.inputs)))
+    for operands in orders:
+        if len(operands) != len(pattern.node.inputs):
+            yield NoMatch(f"{value.op.name} has {len(operands)} operands", value.node, depth)
+            return
+        yield from _match_all(list(zip(pattern.node.inputs, operands, strict=True)), start)
+
+
+def _match_all(pairs: list[tuple[Value, Value]], bound: _Bindings) -> Iterator[_Bindings | NoMatch]:
+    if not pairs:
+        yield bound
+        return
+    for found in _match(*pairs[0], bound):
+        if isinstance(found, NoMatch):
+            yield found
+        else:
+            yield from _match_all(pairs[1:], found)
+
+
+def _operand_count(fused: type[Op]) -> int:
+    """How many operands `decompose` unpacks, found by trying: patterns are small."""
+    holes = {f.name: Var(f.name) for f in fields(fused)}  # type: ignore[arg-type]
+    for count in range(1, 9):
+        operands = [Value(Node(Hole(i), (), ())) for i in range(count)]
+        try:
+            fused(**holes).decompose(_Tracer(), *operands)
+        except ValueError:
+            continue
+        return count
+    raise AssertionError(f"{fused.name} cannot be traced")

@@ -1,0 +1,105 @@
+"""Positions: rotary angles, a learned table, or none."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from llmc.architectures.context import Block, Context, Rotation
+from llmc.architectures.rope import MAX_ROTARY_DIM, RopeParameters, inverse_frequencies
+from llmc.architectures.settings import ConfigurationError
+from llmc.ir.op import Value
+from llmc.ir.ops.rope import RotaryTable
+from llmc.ir.types import DType
+
+
+class Positions(Block):
+    """How tokens know their places: applied to the embeddings, it returns them and may set the context's rotation."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int | None:
+        """The most positions there can be (a table's length), or None when nothing but training sets a limit."""
+
+
+@dataclass(frozen=True)
+class RotaryPositions(Positions, kind="rotary"):
+    """Rotary embedding (Su et al., 2021) of queries and keys; nothing is added to the embeddings.
+
+    `layout` is `half` or `interleaved` (see the op `rope`).
+    """
+
+    name: str
+    head_dim: int
+    rope: RopeParameters
+    layout: str = "half"
+
+    @property
+    def longest(self) -> int | None:
+        return None
+
+    def __post_init__(self) -> None:
+        smallest = 4 if self.rope.scaling == "dynamic" else 2  # its exponent is d / (d - 2)
+        if self.rotary_dim % 2 or not smallest <= self.rotary_dim <= MAX_ROTARY_DIM:
+            raise ConfigurationError(
+                f"the rotated part of a head must be an even number of elements, {smallest} to {MAX_ROTARY_DIM};"
+                f" given {self.rotary_dim} of head_dim {self.head_dim}"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head are rotated."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    def __call__(self, c: Context, x: Value) -> Value:
+        rotary_dim = self.rotary_dim
+        with c.b.at(self.name):
+            frequencies, scaling = self._frequencies(c, rotary_dim)
+            cos, sin = RotaryTable(scaling).decompose(c.b, c.positions, frequencies)
+            c.rotation = Rotation(c.cast(cos, c.activation), c.cast(sin, c.activation), rotary_dim, self.layout)
+        return x
+
+    def _frequencies(self, c: Context, rotary_dim: int) -> tuple[Value, float]:
+        if self.rope.scaling != "dynamic":
+            table, scaling = inverse_frequencies(self.rope, rotary_dim)
+            return c.b.constant(table, DType.F32), scaling
+        # The token at position p uses the frequencies of length p + 1, whatever it is computed together with.
+        values: Value = c.b.dynamic_frequencies(
+            c.b.cast(c.positions, dtype=DType.F32),
+            base=self.rope.theta,
+            factor=self.rope.values["factor"],
+            max_positions=self.rope.max_positions,
+            rotary_dim=rotary_dim,
+        )
+        return values, 1.0
+
+
+@dataclass(frozen=True)
+class LearnedPositions(Positions, kind="learned"):
+    """A table of learned vectors, one for each position, added to the embeddings."""
+
+    name: str
+    hidden_size: int
+    max_positions: int
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_positions
+
+    def __call__(self, c: Context, x: Value) -> Value:
+        with c.b.at(self.name):
+            table = c.weight((self.max_positions, self.hidden_size))
+            result: Value = c.b.add(x, c.b.embedding(c.positions, table, dtype=c.activation))
+        return result
+
+
+@dataclass(frozen=True)
+class NoPositions(Positions, kind="none"):
+    """No positions at all: the causal mask alone gives the order."""
+
+    @property
+    def longest(self) -> int | None:
+        return None
+
+    def __call__(self, c: Context, x: Value) -> Value:
+        return x

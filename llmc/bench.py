@@ -1,0 +1,121 @@
+"""Timing a package: prefill and decode, each beside the bandwidth that the same memory gives in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.ir.errors import LlmcError
+from llmc.packages import open_package
+from llmc.runtime.batch import Chunk
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Medians over the runs. Tokens per second count all sequences; bandwidths are bytes per second."""
+
+    package: str
+    threads: int
+    prefill: int
+    decode: int
+    depth: int
+    batch: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_bytes_per_step: int
+    decode_bandwidth: float
+    read_bandwidth: float
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures as one JSON object."""
+        return {**asdict(self), "share_of_bandwidth": self.share}
+
+    @property
+    def share(self) -> float:
+        """Decode's bytes per second over the probe's: 1 is the roofline of a memory-bound step."""
+        return self.decode_bandwidth / self.read_bandwidth if self.read_bandwidth else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.package}, {self.threads} threads, batch {self.batch}, decode at depth {self.depth + self.prefill}\n"
+            f"prefill {self.prefill:>6} tokens  {self.prefill_tokens_per_second:>10.1f} tokens/s\n"
+            f"decode  {self.decode:>6} tokens  {self.decode_tokens_per_second:>10.1f} tokens/s"
+            f"  {self.decode_bandwidth / 1e9:.1f} GB/s of {self.read_bandwidth / 1e9:.1f} read ({self.share:.0%})"
+        )
+
+
+def bench_package(
+    folder: Path, *, prefill: int, decode: int, depth: int, batch: int, repeat: int, threads: int | None
+) -> BenchReport:
+    """Run `repeat` times: fill `depth` tokens of context, time `prefill` more, then `decode` steps of `batch` sequences.
+
+    A probe of read bandwidth over the weights stands before and after every decode. Raises `LlmcError` when the
+    context or the batch is larger than the package was compiled for.
+    """
+    model = open_package(folder).load(threads=threads)
+    engine, limit = model.engine, model.info["model"]["max_sequence_length"]
+    if depth + prefill + decode > limit:
+        raise LlmcError(
+            f"depth {depth} + prefill {prefill} + decode {decode} is more than the package's context of {limit} tokens"
+        )
+    if batch > engine.max_sequences:
+        raise LlmcError(f"batch {batch}: the package decodes at most {engine.max_sequences} sequences together")
+    executor = engine.executor
+    tokens = np.random.default_rng(0).integers(0, executor.vocab_size, depth + prefill + decode).tolist()
+    rows = []
+    for _ in range(repeat):
+        rows.append(_run(model, tokens, prefill, decode, depth, batch))
+    prefill_seconds, decode_seconds, bandwidth = (statistics.median(column) for column in zip(*rows, strict=True))
+    entry = executor.plan.entries["decode"]
+    context = batch * (depth + prefill + decode // 2)
+    counts = (1, batch, context)
+    moved = sum(sum(a * b for a, b in zip(launch.bytes, counts, strict=True)) for launch in entry.launches)
+    report = BenchReport(
+        package=model.info["name"],
+        threads=executor.library.threads,
+        prefill=prefill,
+        decode=decode,
+        depth=depth,
+        batch=batch,
+        prefill_tokens_per_second=prefill / prefill_seconds,
+        decode_tokens_per_second=decode * batch / decode_seconds,
+        decode_bytes_per_step=moved,
+        decode_bandwidth=moved * decode / decode_seconds,
+        read_bandwidth=bandwidth,
+    )
+    model.close()
+    return report
+
+
+def _run(model: Any, tokens: list[int], prefill: int, decode: int, depth: int, batch: int) -> tuple[float, float, float]:
+    """Seconds of one prefill and of all decode steps, and the bandwidth around the latter."""
+    engine = model.engine
+    library, weights = engine.executor.library, engine.executor.weights
+    first = model.sequence()
+    if depth:
+        first.prefill(tokens[:depth])
+    start = time.perf_counter()
+    first.prefill(tokens[depth : depth + prefill])
+    prefill_seconds = time.perf_counter() - start
+    sequences = [first]
+    while len(sequences) < batch:  # not forks: every sequence reads keys and values of its own
+        sequences.append(model.sequence())
+        sequences[-1].prefill(tokens[: depth + prefill])
+    before = library.read_bandwidth(weights)
+    start = time.perf_counter()
+    for token in tokens[depth + prefill :]:
+        ids = np.array([token], np.int32)
+        with engine.exclusive():
+            for sequence in sequences:
+                sequence.begin(ids)
+            engine.forward([Chunk(sequence.table, ids, 1) for sequence in sequences])
+    decode_seconds = time.perf_counter() - start
+    after = library.read_bandwidth(weights)
+    for sequence in sequences:
+        sequence.free()
+    return prefill_seconds, decode_seconds, (before + after) / 2

@@ -1,0 +1,47 @@
+"""What a package verifies itself against: logits of fixed prompts, from the float64 interpreter at compile time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmc.importers.model_info import ModelInfo
+from llmc.ir.graph import Graph
+from llmc.ir.interpret import interpret
+from llmc.ir.op import Array
+from llmc.ir.types import DType
+from llmc.options import CompileOptions
+
+_LENGTHS = (5, 12, 3, 8)
+_TOP = 8
+
+TOLERANCE = {DType.F32: 1e-4, DType.F16: 5e-3, DType.BF16: 4e-2}
+"""Largest accepted |difference| over |reference| of logits, by the KV cache's dtype: float32 kernels differ from
+float64 by some 1e-6; a 16-bit cache rounds keys and values to 2^-11 (f16) or 2^-8 (bf16) each."""
+
+
+def make_checks(
+    graph: Graph, load: Callable[[str], Array], info: ModelInfo, kv: DType, options: CompileOptions
+) -> dict[str, Any]:
+    """checks.json: for each prompt the largest logits after its last token, and their scale.
+
+    The prompts are pseudo-random token ids, so that a package without a tokenizer has them too. Models too large for
+    the interpreter get none, and `verify` says so.
+    """
+    cases = []
+    lengths = _LENGTHS[: options.checks] if info.num_parameters <= options.checks_max_parameters else ()
+    for i, length in enumerate(lengths):
+        ids = np.random.default_rng(i).integers(0, info.vocab_size, min(length, info.max_sequence_length))
+        logits = interpret(graph, {"token_ids": ids, "positions": np.arange(len(ids))}, load).outputs["logits"][-1]
+        top = np.argsort(-logits, kind="stable")[:_TOP]
+        cases.append(
+            {
+                "token_ids": [int(t) for t in ids],
+                "top": [[int(t), round(float(logits[t]), 7)] for t in top],
+                "greedy": [int(top[0])],
+                "max_abs": round(float(np.abs(logits).max()), 7),
+            }
+        )
+    return {"cases": cases, "tolerance": TOLERANCE[kv], "reference": "float64 interpreter"}

@@ -1,0 +1,107 @@
+"""What goes into a package beside kernels and weights: manifest, plan, runtime, graphs."""
+
+from __future__ import annotations
+
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc import __version__
+from llmc.backends.base import SYMBOLS, Entry, Kernels
+from llmc.backends.render import render
+from llmc.backends.tvm.plan import Buffers, describe_entry
+from llmc.importers.hf import ImportedModel
+from llmc.ir.graph import Graph, StateInput
+from llmc.ir.printer import INLINE
+from llmc.ir.types import DType
+from llmc.options import CompileOptions
+
+RUNTIME = Path(__file__).parent / "runtime"
+
+
+def make_plan(
+    entries: Sequence[Entry], placed: Mapping[str, tuple[int, int]], step: Graph, options: CompileOptions
+) -> dict[str, Any]:
+    """plan.json: the launches of every entry, and the buffers that they name by number."""
+    states = [v.op.state for v in step.states if isinstance(v.op, StateInput)]
+    buffers = Buffers(placed, {s.name: i for i, s in enumerate(states)})
+    described = {entry.name: describe_entry(entry, buffers) for entry in entries}
+    limits = {n: max(e.bounds[n][1] for e in entries if n in e.bounds) for n in ("tokens", "sequences", "outputs")}
+    return {
+        "block_size": options.block_size,
+        "arena_bytes": max(entry.memory.peak for entry in entries),
+        "symbols": list(SYMBOLS),
+        "limits": limits,
+        "states": [
+            {"name": s.name, "kind": s.kind, "dtype": s.dtype.value, "block_shape": list(s.shape[1:])} for s in states
+        ],
+        "buffers": buffers.table,
+        "kernels": buffers.kernels,
+        "entries": described,
+    }
+
+
+def make_manifest(
+    name: str,
+    imported: ImportedModel,
+    kernels: Kernels,
+    kv_dtype: DType,
+    versions: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """manifest.json, but for the files' hashes."""
+    info = imported.info
+    packages = ["numpy", "tokenizers"] if imported.tokenizer_files else ["numpy"]
+    return {
+        "name": name,
+        "llmc_version": __version__,
+        "model": {k: v for k, v in asdict(info).items() if k not in ("generation", "chat_templates")},
+        "generation": dict(info.generation),
+        "target": {"kind": "cpu", "machine": platform.machine(), "variants": list(kernels.variants)},
+        "quantization": {
+            "weights": "none",
+            "kv": kv_dtype.value,
+            "bits_per_weight": round(8 * sizes["weights"] / max(1, info.num_parameters), 3),
+        },
+        "requires": {"python": ">=3.10", "packages": packages, "glibc": "2.28"},
+        "sizes": dict(sizes),
+        "versions": dict(versions),
+    }
+
+
+def runtime_files(name: str) -> dict[str, bytes]:
+    """The runtime, copied verbatim, and the package's own two small modules."""
+    files = {f"runtime/{p.name}": p.read_bytes() for p in sorted(RUNTIME.glob("*.py"))}
+    files["runtime/py.typed"] = b""
+    for module in ("__init__.py", "__main__.py"):
+        files[module] = render(f"package/{module}.jinja", name=name, version=__version__).encode()
+    return files
+
+
+def graph_files(graphs: Mapping[str, Graph]) -> dict[str, bytes]:
+    """The graph at each stage as text, for `llmc inspect` and `llmc verify`, with its large constants beside it."""
+    files = {f"graph/{stage}.ir": str(graph).encode() for stage, graph in graphs.items()}
+    for graph in graphs.values():
+        for digest, data in graph.constants.items():
+            if data.array.size > INLINE:
+                buffer = io.BytesIO()
+                np.save(buffer, data.array)
+                files[f"graph/{digest}.npy"] = buffer.getvalue()
+    return files
+
+
+def state_bytes_per_token(step: Graph, block_size: int) -> int:
+    """Bytes of state that one token of context takes, over all layers."""
+    total = 0
+    for value in step.states:
+        elements = 1
+        for dim in value.type.shape[1:]:
+            assert isinstance(dim, int)
+            elements *= dim
+        total += elements * value.type.dtype.itemsize
+    return total // block_size

@@ -1,0 +1,129 @@
+"""From a model to a package: import, passes, lowering, kernels, packing. One screen of orchestration."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llmc.backends.package import PackageWriter, check_name, to_json
+from llmc.backends.tvm.backend import TvmBackend
+from llmc.backends.tvm.plan import parameters
+from llmc.backends.wheel import write_wheel
+from llmc.checks import make_checks
+from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
+from llmc.compile_report import CompileReport
+from llmc.importers.hf import ImportedModel, import_model
+from llmc.ir.errors import LlmcError, nearest
+from llmc.ir.graph import Graph
+from llmc.ir.interpret import evaluate_parameters
+from llmc.ir.op import Array
+from llmc.ir.target import parse_target
+from llmc.ir.types import DType
+from llmc.ir.verify import verify
+from llmc.options import KV_DTYPES, CompileOptions, Limits
+from llmc.passes.base import Observer, PassContext, Pipeline
+from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
+from llmc.passes.pipelines import step_pipeline
+from llmc.passes.specialize import Specialize
+
+
+def compile_model(
+    model: Path, output: Path, options: CompileOptions, progress: Callable[[str], None] = lambda phase: None
+) -> CompileReport:
+    """Compile a model folder or configuration into the package folder `output`.
+
+    Raises `LlmcError` with one clear message; then nothing is left at `output`.
+    """
+    report = CompileReport(output.absolute(), progress)
+    name = check_name(options.name or output.absolute().name)
+    target = parse_target(options.target, host_flags())
+    if options.quant != "none":
+        raise LlmcError(f"--quant {options.quant}: this version keeps the checkpoint's dtype; known: none")
+    with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
+        with report.phase("import"):
+            imported = import_model(
+                model,
+                architecture=options.architecture,
+                max_sequence_length=options.max_sequence_length,
+                random_weights=options.random_weights,
+            )
+        load = imported.weights.load
+        package.require_space(imported.weights.bytes)
+        kv_dtype = kv_dtype_of(options, imported)
+        backend = TvmBackend(target)
+        with report.phase("passes"):
+            step = run_passes(imported.graph, load, options, kv_dtype, report)
+            lowered = backend.lower(step)
+            verify(lowered)
+            entries = [backend.plan(e, g) for e, g in specialised(lowered, options.limits)]
+        with report.phase("kernels"):
+            kernels = backend.compile(entries, Path(scratch))
+            report.kernel_seconds = dict(kernels.seconds)
+        with report.phase("packing"):
+            tensors = parameters(entries)
+            placed = package.write_tensors(
+                "weights.bin", ((n, lambda v=v: evaluate_parameters(v, load)) for n, v in tensors.items())
+            )
+        with report.phase("checks"):
+            checks = make_checks(imported.graph, load, imported.info, kv_dtype, options)
+        plan = make_plan(entries, placed, step, options)
+        for file, data in {
+            **kernels.files,
+            **imported.tokenizer_files,
+            **runtime_files(name),
+            **graph_files({"model": imported.graph, "step": step, **{e.name: e.graph for e in entries}}),
+            "plan.json": to_json(plan),
+            "checks.json": to_json(checks),
+        }.items():
+            package.write(file, data)
+        report.sizes = {
+            "weights": package.files["weights.bin"]["bytes"],
+            "kernels": sum(map(len, kernels.files.values())),
+            "kv_bytes_per_token": state_bytes_per_token(step, options.block_size),
+            "arena": plan["arena_bytes"],
+        }
+        manifest = make_manifest(name, imported, kernels, kv_dtype, backend.versions, report.sizes)
+        package.finish(manifest)
+    if options.wheel:
+        report.wheel = write_wheel(report.package, manifest, name)
+    report.finish()
+    return report
+
+
+def run_passes(
+    graph: Graph, load: Callable[[str], Array], options: CompileOptions, kv_dtype: DType, report: CompileReport
+) -> Graph:
+    """The step graph: the pipeline, verified after every pass and watched as the options ask."""
+    context = PassContext()
+    observers: list[Observer] = [Verifier(), report.observe_pass(context)]
+    if options.dump_ir is not None:
+        observers.append(Dumper(options.dump_ir, context))
+    if options.check_numerics:
+        observers.append(NumericsCheck(load))
+    return step_pipeline(kv_dtype, options.block_size).run(graph, context, together(*observers))
+
+
+def specialised(lowered: Graph, limits: Limits) -> Iterator[tuple[str, Graph]]:
+    """The lowered graph under each entry point's bounds."""
+    for name, tokens in (("decode", limits.sequences), ("prefill", limits.tokens), ("verify", limits.verify_tokens)):
+        bounds = Specialize(name, tokens, limits.sequences, limits.outputs)
+        yield name, Pipeline((bounds,)).run(lowered)
+
+
+def host_flags() -> frozenset[str]:
+    """This machine's CPU features, by their names in /proc/cpuinfo."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def kv_dtype_of(options: CompileOptions, imported: ImportedModel) -> DType:
+    """The KV cache's dtype: as asked, else f16 (f32 for a model whose weights are f32)."""
+    if options.kv_quant in (None, "none"):
+        wide = all(v.type.dtype is DType.F32 for v in imported.graph.params)
+        return DType.F32 if wide else DType.F16
+    if options.kv_quant not in KV_DTYPES:
+        raise LlmcError(f"--kv-quant {options.kv_quant}: {nearest(str(options.kv_quant), ['none', *KV_DTYPES])}")
+    return KV_DTYPES[options.kv_quant]

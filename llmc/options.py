@@ -1,0 +1,45 @@
+"""Every default of a compile, in one typed place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.ir.types import DType
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds of a step: tokens in a prefill chunk, tokens in a verify step, sequences in a batch, rows of logits."""
+
+    tokens: int = 512
+    verify_tokens: int = 64
+    sequences: int = 64
+    outputs: int = 64
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `llmc compile` was asked for."""
+
+    target: str = "cpu"
+    name: str | None = None
+    quant: str = "none"
+    kv_quant: str | None = None
+    architecture: Path | None = None
+    max_sequence_length: int | None = None
+    random_weights: bool = False
+    force: bool = False
+    wheel: bool = False
+    dump_ir: Path | None = None
+    check_numerics: bool = False
+    block_size: int = 16
+    limits: Limits = Limits()
+    checks: int = 3
+    """How many prompts' logits are stored in the package for `verify`."""
+    checks_max_parameters: int = 400_000_000
+    """Above this many parameters the float64 interpreter is too slow to make the checks at compile."""
+
+
+KV_DTYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
+"""What `--kv-quant` accepts on a CPU; `none` is the weights' dtype."""

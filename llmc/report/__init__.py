@@ -1,0 +1,1 @@
+"""What a person reads about a compiled model: roofline, explain, verify, the HTML view."""

@@ -1,0 +1,36 @@
+"""Where the time of a compile went, printed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from llmc.compile_report import CompileReport
+
+
+def print_compile_report(report: CompileReport) -> None:
+    """One line for each phase, then the package's sizes."""
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    for phase, seconds in report.seconds.items():
+        table.add_row(phase, f"{seconds:.2f} s", _detail(report, phase))
+    console.print(table)
+    sizes = report.sizes
+    console.print(
+        f"{report.package.name}: weights {sizes['weights'] / 1e6:.1f} MB, kernels {sizes['kernels'] / 1e6:.2f} MB,"
+        f" KV cache {sizes['kv_bytes_per_token']:,} bytes a token, peak memory {report.peak_memory / 1e6:.0f} MB",
+        soft_wrap=True,
+    )
+    if report.wheel:
+        console.print(f"wheel: {report.wheel.name}", soft_wrap=True)
+
+
+def _detail(report: CompileReport, phase: str) -> str:
+    if phase == "kernels":
+        return f"{len(report.kernel_seconds)} distinct"
+    if phase == "passes":
+        return f"{len(report.passes)} passes"
+    return ""

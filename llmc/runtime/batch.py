@@ -1,0 +1,117 @@
+"""What a step takes and gives: ragged int32 inputs over several sequences, rows of logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import RLock
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kv_cache import BlockTable
+from .plan import Limits
+from .timings import Profile
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence in a step, i32[n], n > 0; of the last `outputs` of them logits are wanted."""
+
+    table: BlockTable
+    token_ids: Int32
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The int32 inputs of a step.
+
+    `token_ids`, `positions`, `slot_mapping`: [tokens], all sequences' new tokens one after another, each with its
+    position in its sequence and the slot (block * block_size + offset) that its key and value go to.
+    `query_start`: [sequences + 1]; sequence s owns the tokens query_start[s]..query_start[s + 1].
+    `block_tables`: [sequences, max_blocks]; entries past a sequence's length are arbitrary.
+    `logit_rows`: [outputs], which tokens' logits are wanted.
+    """
+
+    token_ids: Int32
+    positions: Int32
+    slot_mapping: Int32
+    query_start: Int32
+    block_tables: Int32
+    logit_rows: Int32
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """tokens, sequences, max_blocks, outputs."""
+        sequences, max_blocks = self.block_tables.shape
+        return len(self.token_ids), sequences, max_blocks, len(self.logit_rows)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """`logits` f32[outputs, vocab] and `greedy` i32[outputs], the first maximum of each row.
+
+    What an executor returns are views of its own memory, valid until its next step.
+    """
+
+    logits: Float32
+    greedy: Int32
+
+    def copy(self) -> StepOutput:
+        """The same values in memory of their own."""
+        return StepOutput(self.logits.copy(), self.greedy.copy())
+
+    def rows(self, start: int, stop: int) -> StepOutput:
+        """A range of rows, as views."""
+        return StepOutput(self.logits[start:stop], self.greedy[start:stop])
+
+
+class Executor(Protocol):
+    """Runs steps of one compiled model. Whoever calls `step` holds `lock` until it is done with the output."""
+
+    lock: RLock
+    limits: Limits
+    block_size: int
+    num_blocks: int
+    vocab_size: int
+    entry_tokens: Mapping[str, tuple[int, int]]
+    """The least and the most tokens that each entry point takes, inclusive."""
+
+    def step(self, entry: str, batch: Batch, profile: Profile | None = None) -> StepOutput:
+        """Append the batch's tokens and compute the wanted logits."""
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy a whole block of every state."""
+
+    def close(self) -> None:
+        """Give the memory and the threads back; no step may follow."""
+
+
+def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
+    """The inputs for chunks whose tables already have blocks for the new tokens (`BlockTable.extend`)."""
+    counts = [len(chunk.token_ids) for chunk in chunks]
+    query_start = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    positions = np.empty(query_start[-1], np.int32)
+    slot_mapping = np.empty(query_start[-1], np.int32)
+    block_tables = np.zeros((len(chunks), max(len(chunk.table.blocks) for chunk in chunks)), np.int32)
+    rows = []
+    for s, chunk in enumerate(chunks):
+        start, stop, blocks = int(query_start[s]), int(query_start[s + 1]), chunk.table.blocks
+        block_tables[s, : len(blocks)] = blocks
+        if stop - start == 1:  # decoding: worth its own line, this runs for every token of every sequence
+            position = chunk.table.length
+            positions[start] = position
+            slot_mapping[start] = blocks[position // block_size] * block_size + position % block_size
+        else:
+            span = np.arange(chunk.table.length, chunk.table.length + stop - start, dtype=np.int32)
+            positions[start:stop] = span
+            slot_mapping[start:stop] = blocks[span // block_size] * block_size + span % block_size
+        rows.append(np.arange(stop - chunk.outputs, stop, dtype=np.int32))
+    token_ids = chunks[0].token_ids if len(chunks) == 1 else np.concatenate([chunk.token_ids for chunk in chunks])
+    return Batch(token_ids, positions, slot_mapping, query_start, block_tables, np.concatenate(rows))

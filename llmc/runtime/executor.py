@@ -1,0 +1,161 @@
+"""Runs a package's steps on the processor: arena, states, inputs and outputs, and one native call for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .batch import Batch, StepOutput
+from .errors import ModelError
+from .memory import allocate, copy_to_huge_pages, map_file, reserve
+from .native import LAUNCH, NativeLibrary
+from .plan import INPUTS, Buffer, Entry, Plan
+from .timings import Profile
+
+_MAX_STATE_ELEMENTS = 1 << 31
+"""Kernels index a state with int32."""
+
+
+class NativeExecutor:
+    """Executes the entries of a plan; see `batch.Executor`.
+
+    `sequence_blocks` is how many blocks the longest sequence needs. Memory: the arena, inputs and outputs of the
+    largest step; states with room for as many longest sequences as a batch holds, reserved but not touched (fewer
+    where kernels could not index them or the system refuses so much address space). Raises `ModelError`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        library: NativeLibrary,
+        weights: Path,
+        weights_bytes: int,
+        vocab_size: int,
+        sequence_blocks: int,
+        huge_pages: bool = False,
+    ) -> None:
+        self.lock = RLock()
+        self.limits = plan.limits
+        self.block_size = plan.block_size
+        self.vocab_size = vocab_size
+        self.entry_tokens: Mapping[str, tuple[int, int]] = {name: entry.tokens for name, entry in plan.entries.items()}
+        self.library = library
+        self.plan = plan
+        self.weights = map_file(weights, weights_bytes)
+        if huge_pages:
+            self.weights = copy_to_huge_pages(self.weights, library.copy)
+        self.num_blocks, self._states = _allocate_states(plan, sequence_blocks)
+        self._arena = reserve(plan.arena_bytes)
+        self._inputs, self._outputs = _allocate_ends(plan, vocab_size, sequence_blocks)
+        self._dims = allocate((4,), np.int32)
+        self._kernels = library.kernel_addresses(plan.kernels)
+        self._tables = {name: self._launch_table(entry) for name, entry in plan.entries.items()}
+        self._closed = False
+
+    def step(self, entry: str, batch: Batch, profile: Profile | None = None) -> StepOutput:
+        """Run one step; see `batch.Executor`. Raises `ModelError` after `close` or when a kernel fails."""
+        with self.lock:
+            if self._closed:
+                raise ModelError("the model is closed")
+            dims = batch.dims
+            for name in INPUTS:
+                values = getattr(batch, name)
+                # The native step trusts what it is given, so what would write past a buffer must not reach it.
+                assert values.size <= self._inputs[name].size, name
+                self._inputs[name][: values.size] = values.reshape(-1)
+            assert dims[3] <= self.limits.outputs
+            self._dims[:] = dims
+            launches, args = self._tables[entry]
+            nanoseconds = np.zeros(len(launches), np.uint64) if profile is not None else None
+            self.library.step(
+                launches.ctypes.data,
+                len(launches),
+                self._kernels.ctypes.data,
+                args.ctypes.data,
+                self._dims.ctypes.data,
+                nanoseconds.ctypes.data if nanoseconds is not None else 0,
+            )
+            if profile is not None and nanoseconds is not None:
+                context = int(batch.positions[batch.query_start[:-1]].sum())
+                profile.add(self.plan.entries[entry], self.plan.kernels, nanoseconds, dims[0], context)
+            return StepOutput(self._outputs["logits"][: dims[3]], self._outputs["greedy"][: dims[3]])
+
+    def copy_block(self, source: int, destination: int) -> None:
+        """Copy a whole block of every state."""
+        for state in self._states:
+            state[destination] = state[source]
+
+    def close(self) -> None:
+        """End the threads and let go of all memory."""
+        with self.lock:
+            self._closed = True
+            self.library.close()
+            self._states, self._inputs, self._outputs, self._tables = [], {}, {}, {}
+            self._arena = self.weights = np.zeros(0, np.uint8)
+
+    def _launch_table(self, entry: Entry) -> tuple[NDArray[Any], NDArray[np.uint64]]:
+        """The C `Launch` records of an entry, and its argument pointers one launch after another."""
+        counts = [len(launch.args) for launch in entry.launches]
+        launches = np.zeros(len(counts), LAUNCH)
+        launches["kernel"] = [launch.kernel for launch in entry.launches]
+        launches["arg_count"] = counts
+        launches["first_arg"] = np.cumsum([0, *counts])[:-1]
+        launches["barrier"] = [launch.barrier for launch in entry.launches]
+        addresses = [self._address(buffer) for buffer in self.plan.buffers]
+        args = np.array([addresses[a] for launch in entry.launches for a in launch.args], np.uint64)
+        return launches, args
+
+    def _address(self, buffer: Buffer) -> int:
+        places: dict[str, Callable[[], NDArray[Any]]] = {
+            "arena": lambda: self._arena,
+            "param": lambda: self.weights,
+            "state": lambda: self._states[buffer.index],
+            "input": lambda: self._inputs[buffer.name],
+            "output": lambda: self._outputs[buffer.name],
+        }
+        return int(places[buffer.kind]().ctypes.data) + buffer.offset
+
+
+def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[int, list[NDArray[np.uint8]]]:
+    """The number of blocks, and each state as u8[num_blocks, block bytes]."""
+    elements = max((int(np.prod(state.block_shape)) for state in plan.states), default=1)
+    blocks = min(plan.limits.sequences * sequence_blocks, (_MAX_STATE_ELEMENTS - 1) // elements)
+    while blocks // 2 >= sequence_blocks and (states := _reserve_blocks(plan, blocks)) is None:
+        blocks //= 2
+    states = _reserve_blocks(plan, blocks)
+    if states is None:
+        need = blocks * sum(state.block_bytes for state in plan.states)
+        raise ModelError(
+            f"cannot reserve {need} bytes for keys and values; compile for a shorter --max-sequence-length"
+        )
+    return blocks, states
+
+
+def _reserve_blocks(plan: Plan, blocks: int) -> list[NDArray[np.uint8]] | None:
+    try:
+        return [reserve(blocks * s.block_bytes).reshape(blocks, s.block_bytes) for s in plan.states]
+    except ModelError:
+        return None
+
+
+def _allocate_ends(
+    plan: Plan, vocab_size: int, sequence_blocks: int
+) -> tuple[dict[str, NDArray[np.int32]], dict[str, NDArray[Any]]]:
+    """The buffers of a step's inputs (flat) and outputs, each at its greatest size."""
+    limits = plan.limits
+    sizes = {
+        **dict.fromkeys(("token_ids", "positions", "slot_mapping"), limits.tokens),
+        "query_start": limits.sequences + 1,
+        "block_tables": limits.sequences * sequence_blocks,
+        "logit_rows": limits.outputs,
+    }
+    outputs = {
+        "logits": allocate((limits.outputs, vocab_size), np.float32),
+        "greedy": allocate((limits.outputs,), np.int32),
+    }
+    return {name: allocate((size,), np.int32) for name, size in sizes.items()}, outputs

@@ -1,0 +1,189 @@
+"""The compiled model as data: plan.json, with its buffers, kernels and the launches of every entry point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .document import Field, read_document
+
+INPUTS = ("token_ids", "positions", "slot_mapping", "query_start", "block_tables", "logit_rows")
+"""The int32 inputs of a step; see `batch.Batch` for their shapes."""
+
+OUTPUTS = ("logits", "greedy")
+SYMBOLS = ("tokens", "sequences", "max_blocks", "outputs")
+"""What the int32 vector `dims`, which every kernel gets, holds, in this order."""
+
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "u32": 4, "i16": 2, "u16": 2, "i8": 1, "u8": 1, "f8e4m3": 1}
+ALIGNMENT = 64
+_MAX_BYTES = 1 << 46
+_MAX_COUNT = 1 << 20
+_MAX_COST = 1 << 62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest step: new tokens, sequences, and rows of logits."""
+
+    tokens: int
+    sequences: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What outlives a step, in blocks: `[num_blocks, *block_shape]` of `dtype`."""
+
+    name: str
+    dtype: str
+    block_shape: tuple[int, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return math.prod(self.block_shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """What a kernel's argument points to: a place in the arena or the weights, a state, an input or an output."""
+
+    kind: str
+    name: str = ""
+    offset: int = 0
+    bytes: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel run. `flops` and `bytes`: (fixed, for each token, for each token of context), at one sequence."""
+
+    kernel: int
+    args: tuple[int, ...]
+    barrier: bool
+    node: str
+    flops: tuple[int, int, int]
+    bytes: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry point: the bounds on its sizes, inclusive, and its launches in order."""
+
+    name: str
+    tokens: tuple[int, int]
+    sequences: tuple[int, int]
+    outputs: tuple[int, int]
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated plan."""
+
+    block_size: int
+    arena_bytes: int
+    limits: Limits
+    states: tuple[StateSpec, ...]
+    buffers: tuple[Buffer, ...]
+    kernels: tuple[str, ...]
+    entries: Mapping[str, Entry]
+
+
+def read_plan(path: Path, weights_bytes: int) -> Plan:
+    """Read and validate plan.json; every offset lies inside the arena or the `weights_bytes` bytes of weights.
+
+    Raises `ModelError` for anything that is not as it should be.
+    """
+    return parse_plan(read_document(path), weights_bytes)
+
+
+def parse_plan(document: Field, weights_bytes: int) -> Plan:
+    """Validate a plan; see `read_plan`."""
+    symbols = document.key("symbols")
+    if symbols.value != list(SYMBOLS):
+        symbols.fail(f"{list(SYMBOLS)}")
+    limits = document.key("limits")
+    arena_bytes = document.key("arena_bytes").integer(0, _MAX_BYTES)
+    states = tuple(map(_state, document.key("states").items()))
+    sizes = {"arena": arena_bytes, "param": weights_bytes}
+    buffers = tuple(_buffer(field, sizes, len(states)) for field in document.key("buffers").items())
+    kernels = tuple(field.text(256) for field in document.key("kernels").items())
+    largest = Limits(**{name: limits.key(name).integer(1, _MAX_COUNT) for name in ("tokens", "sequences", "outputs")})
+    entries = {
+        name: _entry(name, field, largest, len(kernels), buffers)
+        for name, field in document.key("entries").members().items()
+    }
+    for name in ("decode", "prefill"):
+        if name not in entries:
+            document.key("entries").fail(f"an entry point {name!r}")
+    block_size = document.key("block_size").integer(1, 1 << 16)
+    return Plan(block_size, arena_bytes, largest, states, buffers, kernels, entries)
+
+
+def _state(field: Field) -> StateSpec:
+    if field.key("kind").value != "paged_kv":
+        field.key("kind").fail("'paged_kv', the only kind of state that this runtime knows")
+    if field.key("dtype").value not in ITEM_BYTES:
+        field.key("dtype").fail(f"one of {sorted(ITEM_BYTES)}")
+    shape = tuple(item.integer(1, 1 << 24) for item in field.key("block_shape").items())
+    if math.prod(shape) > 1 << 30:
+        field.key("block_shape").fail("a block of at most 2^30 elements")
+    return StateSpec(field.key("name").text(), field.key("dtype").value, shape)
+
+
+def _buffer(field: Field, sizes: Mapping[str, int], states: int) -> Buffer:
+    kind = field.key("kind").text(16)
+    if kind in sizes:
+        offset = field.key("offset").integer(0, sizes[kind])
+        if offset % ALIGNMENT:
+            field.key("offset").fail(f"a multiple of {ALIGNMENT}")
+        name = field.key("name").text(1 << 16) if kind == "param" else ""
+        return Buffer(kind, name, offset, field.key("bytes").integer(0, sizes[kind] - offset))
+    if kind == "state":
+        return Buffer(kind, index=field.key("index").integer(0, states - 1))
+    known = {"input": INPUTS, "output": OUTPUTS}
+    if kind not in known:
+        field.key("kind").fail(f"one of {[*sizes, 'state', *known]}")
+    if field.key("name").value not in known[kind]:
+        field.key("name").fail(f"one of {list(known[kind])}")
+    return Buffer(kind, field.key("name").value)
+
+
+def _entry(name: str, field: Field, limits: Limits, kernels: int, buffers: tuple[Buffer, ...]) -> Entry:
+    launches = tuple(_launch(item, kernels, len(buffers)) for item in field.key("launches").items())
+    written = {buffers[a].name for launch in launches for a in launch.args if buffers[a].kind == "output"}
+    for output in OUTPUTS:
+        if output not in written:
+            field.key("launches").fail(f"a launch that writes the output {output!r}")
+    tokens = _bounds(field.key("tokens"), limits.tokens)
+    optional = {
+        key: _bounds(given, most) if (given := field.optional(key)) else (1, most)
+        for key, most in (("sequences", limits.sequences), ("outputs", limits.outputs))
+    }
+    return Entry(name, tokens, optional["sequences"], optional["outputs"], launches)
+
+
+def _bounds(field: Field, most: int) -> tuple[int, int]:
+    least_field, most_field = field.items(2)
+    least = least_field.integer(1, most)
+    return least, most_field.integer(least, most)
+
+
+def _launch(field: Field, kernels: int, buffers: int) -> Launch:
+    return Launch(
+        kernel=field.key("kernel").integer(0, kernels - 1),
+        args=tuple(item.integer(0, buffers - 1) for item in field.key("args").items()),
+        barrier=field.key("barrier").boolean(),
+        node=field.key("node").text(),
+        flops=_cost(field.key("flops")),
+        bytes=_cost(field.key("bytes")),
+    )
+
+
+def _cost(field: Field) -> tuple[int, int, int]:
+    fixed, token, context = (item.integer(-_MAX_COST, _MAX_COST) for item in field.items(3))
+    return fixed, token, context

@@ -1,0 +1,87 @@
+"""Where the time of a generation went: prefill, decode, and (when asked) every launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .plan import Entry
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One node of the graph in one entry point, summed over `calls` steps; `flops` and `bytes` are estimated totals."""
+
+    entry: str
+    node: str
+    kernel: str
+    calls: int
+    seconds: float
+    flops: int
+    bytes: int
+
+
+class Profile:
+    """Collects nanoseconds for each launch over steps."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[Entry, tuple[str, ...], NDArray[np.uint64], list[int]]] = {}
+
+    def add(
+        self, entry: Entry, kernels: tuple[str, ...], nanoseconds: NDArray[np.uint64], tokens: int, context: int
+    ) -> None:
+        """One step: u64[launches], the tokens it took and the sum over sequences of the context before them."""
+        known = self._entries.get(entry.name)
+        if known is None:
+            self._entries[entry.name] = (entry, kernels, nanoseconds.copy(), [1, tokens, context])
+            return
+        known[2][...] += nanoseconds
+        for i, more in enumerate((1, tokens, context)):
+            known[3][i] += more
+
+    def rows(self) -> tuple[ProfileRow, ...]:
+        """One row for each launch, the slowest first."""
+        rows = []
+        for name, (entry, kernels, nanoseconds, (calls, tokens, context)) in self._entries.items():
+            counts = (calls, tokens, context)
+            for launch, spent in zip(entry.launches, nanoseconds.tolist(), strict=True):
+                flops = sum(a * b for a, b in zip(launch.flops, counts, strict=True))
+                moved = sum(a * b for a, b in zip(launch.bytes, counts, strict=True))
+                rows.append(ProfileRow(name, launch.node, kernels[launch.kernel], calls, spent / 1e9, flops, moved))
+        return tuple(sorted(rows, key=lambda row: -row.seconds))
+
+
+@dataclass
+class Timings:
+    """Tokens and seconds of one generation call, over all its prompts: a batch's completions share one.
+
+    The first token of a completion comes out of its prefill. `profile` is empty unless `profile=True` was asked for.
+    """
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    profile: tuple[ProfileRow, ...] = field(default=(), repr=False)
+
+    def add_prefill(self, tokens: int, seconds: float) -> None:
+        """Count a step that took tokens of prompts."""
+        self.prefill_tokens += tokens
+        self.prefill_seconds += seconds
+
+    def add_decode(self, tokens: int, seconds: float) -> None:
+        """Count a step that took one generated token of each of `tokens` sequences."""
+        self.decode_tokens += tokens
+        self.decode_seconds += seconds
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second; 0 before the first."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Generated tokens per second, all sequences together; 0 before the first."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0

@@ -1,0 +1,1 @@
+"""Data only: Jinja templates of generated sources, packages and pages."""

@@ -1,0 +1,1 @@
+"""Whole packages: compiled, moved, imported, run, altered."""

@@ -1,0 +1,140 @@
+"""Small models in primitive form, built as importers build them: from the fused ops' own decompositions."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from llmc.ir.builder import Builder
+from llmc.ir.graph import Graph
+from llmc.ir.op import Op, Value
+from llmc.ir.ops.attention import Attention
+from llmc.ir.ops.elementwise import GeluTanh, Silu
+from llmc.ir.ops.linear import Linear
+from llmc.ir.ops.norm import LayerNorm, RmsNorm
+from llmc.ir.ops.rope import Rope, RotaryTable
+from llmc.ir.types import DType, symbol
+
+F32 = DType.F32
+
+
+class Model(Builder):
+    """A builder with the blocks that models are made of; weights are named after the place where a block stands."""
+
+    def __init__(self, weights: DType = F32) -> None:
+        super().__init__("main")
+        self.weights = weights
+        self.tokens = symbol("tokens", 1, 64)
+        self.token_ids = self.input("token_ids", DType.I32, (self.tokens,))
+        self.positions = self.input("positions", DType.I32, (self.tokens,))
+
+    def primitive(self, op: Op, *inputs: Value) -> Value:
+        """The op's decomposition, in this graph."""
+        result: Value = op.decompose(self, *inputs)
+        return result
+
+    def weight(self, *shape: int, name: str = "weight") -> Value:
+        """A parameter in float32, cast from its storage dtype."""
+        value = self.param(f"{self.loc}.{name}", self.weights, shape)
+        result: Value = value if self.weights is F32 else self.cast(value, dtype=F32)
+        return result
+
+    def project(self, name: str, x: Value, rows: int, bias: bool = False, in_out: bool = False) -> Value:
+        """x times a weight stored [rows, width], or [width, rows] with `in_out`."""
+        width = x.type.shape[1]
+        assert isinstance(width, int)
+        with self.at(name):
+            if in_out:
+                y: Value = self.matmul(x, self.weight(width, rows))
+            else:
+                y = self.primitive(Linear(), x, self.param(f"{self.loc}.weight", self.weights, (rows, width)))
+            if bias:
+                y = self.add(y, self.weight(rows, name="bias"))
+        return y
+
+    def table(self, width: int, scaling: float = 1.0) -> tuple[Value, Value]:
+        """Cosines and sines of the positions."""
+        frequencies = self.constant(1 / 10000 ** (np.arange(0, width, 2) / width), F32)
+        cos, sin = RotaryTable(scaling).decompose(self, self.positions, frequencies)
+        return cos, sin
+
+
+def rotary_model(
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    width: int = 4,
+    rotary: int = 4,
+    layout: str = "half",
+    weights: DType = F32,
+    qkv_bias: bool = False,
+) -> Graph:
+    """RMS norms, rotary positions, grouped queries, gated SiLU, tied head; vocabulary 11."""
+    b = Model(weights)
+    hidden = heads * width
+    table = b.param("embed.weight", weights, (11, hidden))
+    with b.at("embed"):
+        x = b.embedding(b.token_ids, table, dtype=F32)
+    with b.at("rotary"):
+        cos, sin = b.table(rotary)
+    for layer in range(layers):
+        with b.at(f"layers.{layer}"):
+            with b.at("attention_norm"):
+                y = b.primitive(RmsNorm(1e-5), x, b.weight(hidden))
+            with b.at("attention"):
+                q = b.project("query", y, hidden, qkv_bias)
+                k = b.project("key", y, kv_heads * width, qkv_bias)
+                v = b.project("value", y, kv_heads * width, qkv_bias)
+                q = b.primitive(Rope(heads, width, rotary, layout), q, cos, sin)
+                k = b.primitive(Rope(kv_heads, width, rotary, layout), k, cos, sin)
+                y = b.primitive(Attention(heads, kv_heads, width, width**-0.5), q, k, v, b.positions)
+                y = b.project("output", y, hidden)
+            x = b.add(x, y)
+            with b.at("mlp_norm"):
+                y = b.primitive(RmsNorm(1e-5), x, b.weight(hidden))
+            with b.at("mlp"):
+                gate, up = b.project("gate", y, 24), b.project("up", y, 24)
+                y = b.project("down", b.mul(b.primitive(Silu(), gate), up), hidden)
+            x = b.add(x, y)
+    with b.at("norm"):
+        x = b.primitive(RmsNorm(1e-5), x, b.weight(hidden))
+    with b.at("head"):
+        logits = b.primitive(Linear(), x, table)
+    return b.graph({"logits": logits})
+
+
+def learned_model(layers: int = 2, heads: int = 3, width: int = 4, weights: DType = F32) -> Graph:
+    """Layer norms, learned positions, one joint projection stored [in, out], biases, GELU; vocabulary 11."""
+    b = Model(weights)
+    hidden = heads * width
+    with b.at("tokens"):
+        x = b.embedding(b.token_ids, b.param("tokens.weight", weights, (11, hidden)), dtype=F32)
+    with b.at("places"):
+        x = b.add(x, b.embedding(b.positions, b.param("places.weight", weights, (64, hidden)), dtype=F32))
+    for layer in range(layers):
+        with b.at(f"layers.{layer}"):
+            with b.at("norm_1"):
+                y = b.primitive(LayerNorm(1e-5), x, b.weight(hidden), b.weight(hidden, name="bias"))
+            with b.at("attention"):
+                y = b.project("joint", y, 3 * hidden, bias=True, in_out=True)
+                q, k, v = (b.slice(y, axis=1, start=i * hidden, stop=(i + 1) * hidden) for i in range(3))
+                y = b.primitive(Attention(heads, heads, width, width**-0.5), q, k, v, b.positions)
+                y = b.project("output", y, hidden, bias=True, in_out=True)
+            x = b.add(x, y)
+            with b.at("norm_2"):
+                y = b.primitive(LayerNorm(1e-5), x, b.weight(hidden), b.weight(hidden, name="bias"))
+            with b.at("mlp"):
+                y = b.project("up", y, 32, bias=True, in_out=True)
+                y = b.project("down", b.primitive(GeluTanh(), y), hidden, bias=True, in_out=True)
+            x = b.add(x, y)
+    with b.at("norm"):
+        x = b.primitive(LayerNorm(1e-5), x, b.weight(hidden), b.weight(hidden, name="bias"))
+    with b.at("head"):
+        logits = b.project("logits", x, 11)
+    return b.graph({"logits": logits})
+
+
+def counts(graph: Graph) -> Counter[str]:
+    """Nodes by op, of those that run at every step."""
+    return Counter(n.op.name for n in graph.nodes if n not in graph.parameter_only)
