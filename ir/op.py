@@ -182,9 +182,8 @@ class Op:
         """Raise `TypeMismatch` unless the condition holds."""
         if not condition:
             attributes = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
-            raise TypeMismatch(
-                f"{self.name}{{{attributes}}}: expected {what}; given {', '.join(map(str, given)) or 'something else'}"
-            )
+            written = f"{self.name}{{{attributes}}}" if attributes else self.name
+            raise TypeMismatch(f"{written}: expected {what}; given {', '.join(map(str, given)) or 'something else'}")
 
 
 def _shown(attribute: object) -> str:

@@ -163,6 +163,11 @@ class Budget:
 
     remaining: int | None = None
 
+    @property
+    def spent(self) -> bool:
+        """Whether none is left."""
+        return self.remaining is not None and self.remaining <= 0
+
     def take(self) -> bool:
         """Use one; False when none is left."""
         if self.remaining is None:

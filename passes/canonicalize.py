@@ -29,7 +29,7 @@ class Canonicalize(Pass):
         known: dict[Any, Node] = {}
         order: dict[Value, int] = {}
         kept: set[Node] = set()
-        places = _shared_places(graph)
+        places = {} if context.budget.spent else _shared_places(graph)
 
         def emit(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
             b = Emitter()
@@ -46,7 +46,8 @@ class Canonicalize(Pass):
             if key in known and context.fire("common-subexpression"):
                 return known[key]
             kept.add(node)
-            return known.setdefault(key, node)
+            known.setdefault(key, node)
+            return node
 
         return prune(graph.map(emit), keep_inputs=[str(getattr(v.op, "label", "")) for v in graph.inputs])
 

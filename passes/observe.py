@@ -70,13 +70,13 @@ class Dumper:
             self._write("input", before, 0.0)
         old = str(before)
         stem = self._write(str(step), after, seconds)
-        names = (f"{len(self.rows) - 2:03}", stem.name)
+        names = (self._stem(len(self.rows) - 2), stem.name)
         difference = difflib.unified_diff(old.splitlines(True), str(after).splitlines(True), *names, n=2)
         stem.with_suffix(".diff").write_text("".join(difference), encoding="utf-8")
         self._write_summary()
 
     def _write(self, title: str, graph: Graph, seconds: float) -> Path:
-        stem = self.folder / f"{len(self.rows):03}-{title.partition('{')[0]}"
+        stem = self.folder / self._stem(len(self.rows), title)
         stem.with_suffix(".ir").write_text(str(graph), encoding="utf-8")
         store_constants(graph, self.folder)
         cost = graph_cost(graph, self._sizes(graph))
@@ -95,6 +95,10 @@ class Dumper:
             row["numbers"] = record.numbers
         self.rows.append(row)
         return stem
+
+    def _stem(self, number: int, title: str | None = None) -> str:
+        name = title if title is not None else str(self.rows[number]["pass"])
+        return f"{number:03}-{name.partition('{')[0]}"
 
     def _sizes(self, graph: Graph) -> dict[str, int]:
         return {s.name: _within(s, self.sizes.get(s.name, 64)) for s in graph.symbols.values()}

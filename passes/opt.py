@@ -11,6 +11,7 @@ from llmc.ir.graph import Graph
 from llmc.ir.op import ConstantData
 from llmc.ir.rewrite import NoMatch
 from llmc.ir.text import parse
+from llmc.ir.verify import verify
 from llmc.passes.base import PassContext, Record
 from llmc.passes.constants import ConstantFolder, store_constants
 from llmc.passes.observe import Verifier
@@ -54,7 +55,9 @@ def _optimize(
 ) -> tuple[Graph, str]:
     steps = read_pipeline(pipeline)
     context = PassContext(limit)
-    graph = steps.run(parse(text, constants), context, Verifier())
+    before = parse(text, constants)
+    verify(before)
+    graph = steps.run(before, context, Verifier())
     return graph, explanation(context, explain) if explain else ""
 
 

@@ -93,14 +93,13 @@ class Generation:
         copies: Counter[tuple[int, ...]] = Counter()
         self.requests = []
         for index, prompt in enumerate(prompts):
-            room = min(options.max_new_tokens, engine.max_sequence_length - len(prompt))
+            # The last token of a completion is never read, so it needs no place in the context.
+            room = min(options.max_new_tokens, engine.max_sequence_length + 1 - len(prompt))
             request = _Request(index, prompt, copies[tuple(prompt)], room, tokenizer)
             request.stops = StopStrings(options.stop_strings)
-            if room == 0:
-                request.finish_reason = "length"  # the prompt fills the context
             copies[tuple(prompt)] += 1
             self.requests.append(request)
-        self._waiting = deque(request for request in self.requests if request.finish_reason is None)
+        self._waiting = deque(self.requests)
         self._running: list[_Request] = []
 
     @property

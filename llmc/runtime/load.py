@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import flag, integer
 from .chat import ChatTemplate, special_tokens, template_source
-from .document import Field, read_document
+from .document import read_document
 from .errors import ModelError
 from .executor import NativeExecutor
 from .manifest import Manifest, read_manifest
@@ -84,7 +84,7 @@ def _text_side(manifest: Manifest) -> tuple[Tokenizer | None, ChatTemplate | Non
         return None, None
     config = read_document(manifest.path("tokenizer_config.json")) if manifest.has("tokenizer_config.json") else None
     model = manifest.model
-    tokenizer = load_tokenizer(manifest.path("tokenizer.json"), model.bos_token_id, _adds_bos(manifest, config))
+    tokenizer = load_tokenizer(manifest.path("tokenizer.json"), model.bos_token_id, model.add_bos)
     file = None
     if manifest.has("chat_template.jinja"):
         path = manifest.path("chat_template.jinja")
@@ -94,11 +94,3 @@ def _text_side(manifest: Manifest) -> tuple[Tokenizer | None, ChatTemplate | Non
             raise ModelError(f"{path} is no UTF-8 text: {error}") from error
     source = template_source(file, config)
     return tokenizer, None if source is None else ChatTemplate(source, special_tokens(config))
-
-
-def _adds_bos(manifest: Manifest, config: Field | None) -> bool | None:
-    """True when the manifest says so; False only when the tokenizer's own configuration does; else its file decides."""
-    stated = config.optional("add_bos_token") if config else None
-    if manifest.model.add_bos:
-        return True
-    return False if stated is not None and stated.value is False else None

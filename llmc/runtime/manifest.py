@@ -21,7 +21,7 @@ _MAX_COUNT = 1 << 62
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model's sizes and special tokens. `max_sequence_length` counts prompt and completion, in tokens."""
+    """The model's sizes and special tokens. `max_sequence_length` counts the tokens that a sequence holds."""
 
     architecture: str
     vocab_size: int

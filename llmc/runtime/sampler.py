@@ -75,7 +75,7 @@ def distribution(
         likely = shares >= min((1.0 - top_p) / len(shares), shares.max())
         cut = 1.0 - top_p - shares[~likely].sum()
         tokens, shares = tokens[likely], shares[likely]
-        order = np.argsort(shares, kind="stable")
+        order = np.argsort(-shares, kind="stable")[::-1]  # ascending; of equals, the first token is the last to go
         keep = np.ones(len(order), bool)
         keep[order[:-1]] = np.cumsum(shares[order])[:-1] > cut
         tokens, shares = tokens[keep], shares[keep]

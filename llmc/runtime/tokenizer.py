@@ -19,18 +19,17 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 class Tokenizer:
     """A tokenizer of the tokenizers library, with the special tokens that a prompt gets.
 
-    `bos_token_id` is the beginning token. `add_bos`: True puts it in front of every prompt, False keeps it away, None
-    leaves that to the file's own post-processor. Whatever else the post-processor adds stays.
+    A prompt gets what the file's own post-processor adds, as in transformers; with `add_bos` it gets the beginning
+    token `bos_token_id` also where the post-processor adds none.
     """
 
-    def __init__(self, backend: Backend, bos_token_id: int | None = None, add_bos: bool | None = None) -> None:
+    def __init__(self, backend: Backend, bos_token_id: int | None = None, add_bos: bool = False) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._bos = [] if bos_token_id is None else [bos_token_id]
         own = backend.encode("").ids[:1] == self._bos != []
-        self._prepend = add_bos is True and not own
-        self._strip = add_bos is False and own
+        self._prepend = self._bos if add_bos and not own else []
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     @property
@@ -54,9 +53,7 @@ class Tokenizer:
                 f"text: character {error.start} is half a surrogate pair, expected valid Unicode"
             ) from error
         ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        if not add_special_tokens:
-            return ids
-        return self._bos + ids if self._prepend else ids[1:] if self._strip else ids
+        return self._prepend + ids if add_special_tokens else ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. An id that the tokenizer does not know (a padded vocabulary has some) has no text."""
@@ -136,7 +133,7 @@ class Detokenizer:
         return REPLACEMENT not in tokenizer.decode([token_id])
 
 
-def load_tokenizer(path: Path, bos_token_id: int | None, add_bos: bool | None) -> Tokenizer:
+def load_tokenizer(path: Path, bos_token_id: int | None, add_bos: bool) -> Tokenizer:
     """Read a tokenizer.json; raises `ModelError` when the library does not understand it."""
     try:
         backend = Backend.from_file(str(path))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.vector import bind, f32, fma, i32, lanes_of, wide
+from llmc.backends.tvm.kernels.vector import f32, fma, i32, lanes_of, let, wide
 
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
 _MAGIC_BITS = 0x4B400000
@@ -16,8 +16,8 @@ _MAGIC_BITS = 0x4B400000
 def clamp(x, low, high):
     """x within [low, high]; NaN stays."""
     lanes = lanes_of(x)
-    above = T.Select(x < f32(low, lanes), f32(low, lanes), x)
-    return bind(above, lambda v: T.Select(v > f32(high, lanes), f32(high, lanes), v))
+    above = let(T.Select(x < f32(low, lanes), f32(low, lanes), x))
+    return T.Select(above > f32(high, lanes), f32(high, lanes), above)
 
 
 def polynomial(x, coefficients):
@@ -29,40 +29,36 @@ def polynomial(x, coefficients):
     return result
 
 
+def _rational(x, odd, even):
+    x = let(x)
+    square = let(x * x)
+    return x * polynomial(square, odd) / polynomial(square, even)
+
+
 def exp(x):
     """e^x: 1.1 units in the last place, zero below -104, infinity above 88.73. Range reduction and coefficients: Cephes, expf."""
     lanes = lanes_of(x)
+    x = let(clamp(let(x), -104.0, 89.0))
+    t = let(fma(x, f32(1.44269504088896341, lanes), f32(_MAGIC, lanes)))
+    n = let(T.reinterpret(wide("int32", lanes), t) - i32(_MAGIC_BITS, lanes))
+    whole = let(t - f32(_MAGIC, lanes))
+    r = let(fma(whole, f32(2.12194440e-4, lanes), fma(whole, f32(-0.693359375, lanes), x)))
+    p = polynomial(
+        r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    )
+    mantissa = fma(p, r * r, r) + f32(1.0, lanes)
+    # Two factors: one power of two cannot reach subnormal results, or infinity.
+    half = let(T.shift_right(n, i32(1, lanes)))
+    return mantissa * _two_to(half) * _two_to(n - half)
 
-    def reduced(x):
-        return bind(fma(x, f32(1.44269504088896341, lanes), f32(_MAGIC, lanes)), lambda t: scaled(x, t))
 
-    def scaled(x, t):
-        n = T.reinterpret(wide("int32", lanes), t) - i32(_MAGIC_BITS, lanes)
-        whole = t - f32(_MAGIC, lanes)
-        r = bind(whole, lambda w: fma(w, f32(2.12194440e-4, lanes), fma(w, f32(-0.693359375, lanes), x)))
-        return bind(n, lambda n: bind(r, lambda r: power(r, n)))
-
-    def power(r, n):
-        p = polynomial(
-            r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-        )
-        mantissa = fma(p, r * r, r) + f32(1.0, lanes)
-        # Two factors: one power of two cannot reach subnormal results, or infinity.
-        half = T.shift_right(n, i32(1, lanes))
-        return mantissa * two_to(half) * two_to(n - half)
-
-    def two_to(n):
-        return T.reinterpret(wide("float32", lanes), T.shift_left(n + i32(127, lanes), i32(23, lanes)))
-
-    return bind(clamp(x, -104.0, 89.0), reduced)
+def _two_to(n):
+    lanes = lanes_of(n)
+    return T.reinterpret(wide("float32", lanes), T.shift_left(n + i32(127, lanes), i32(23, lanes)))
 
 
 def tanh(x):
     """Hyperbolic tangent: 4e-7 relative. A rational function on [-7.9, 7.9]; coefficients: Eigen, ptanh."""
-
-    def rational(x):
-        return bind(x * x, lambda s: x * polynomial(s, odd) / polynomial(s, even))
-
     odd = (
         -2.76076847742355e-16,
         2.00018790482477e-13,
@@ -73,15 +69,11 @@ def tanh(x):
         4.89352455891786e-03,
     )
     even = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
-    return bind(clamp(x, -7.90531110763549805, 7.90531110763549805), rational)
+    return _rational(clamp(let(x), -7.90531110763549805, 7.90531110763549805), odd, even)
 
 
 def erf(x):
     """Error function: 4e-7 relative. A rational function on [-4, 4]; coefficients: Eigen, perf."""
-
-    def rational(x):
-        return bind(x * x, lambda s: x * polynomial(s, odd) / polynomial(s, even))
-
     odd = (
         -2.72614225801306e-10,
         2.77068142495902e-08,
@@ -92,7 +84,7 @@ def erf(x):
         -1.60960333262415e-02,
     )
     even = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02)
-    return bind(clamp(x, -4.0, 4.0), rational)
+    return _rational(clamp(let(x), -4.0, 4.0), odd, even)
 
 
 def sigmoid(x):
@@ -134,7 +126,8 @@ def gelu_sigmoid(x):
 
 def relu_squared(x):
     """relu(x)²."""
-    return bind(relu(x), lambda v: v * v)
+    v = let(relu(x))
+    return v * v
 
 
 ACTIVATIONS = {
@@ -152,4 +145,4 @@ ACTIVATIONS = {
 
 def activate(name, x):
     """An activation by its name; the argument is evaluated once."""
-    return bind(x, ACTIVATIONS[name])
+    return ACTIVATIONS[name](let(x))

@@ -6,10 +6,10 @@ from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.vector import (
     at,
-    bind,
     f32,
     fma,
     lanes_of,
+    let,
     load,
     share,
     specialised,
@@ -116,7 +116,8 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
 
 def _add_square(total, v, mean):
     lanes = lanes_of(v)
-    return bind(v - splat(mean, lanes), lambda d: fma(d, d, total))
+    d = let(v - splat(mean, lanes))
+    return fma(d, d, total)
 
 
 def _affine(v, W, B, column, lanes):

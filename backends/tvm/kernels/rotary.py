@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import struct
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.vector import bind, f32, intrinsic, share, specialised
+from llmc.backends.tvm.kernels.vector import f32, intrinsic, let, share, specialised
 
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it leaves the nearest integer in the low mantissa bits
 _HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
@@ -100,40 +101,31 @@ def _polynomial(x, coefficients):
 
 def _sin(r):
     """Taylor's series on [-π/4, π/4], to 1e-14."""
-    series = [(-1) ** i / math.factorial(2 * i + 1) for i in range(8)]
-    return r * bind(r * r, lambda s: _polynomial(s, series))
+    return r * _polynomial(let(r * r), [(-1) ** i / math.factorial(2 * i + 1) for i in range(8)])
 
 
 def _cos(r):
     """Taylor's series on [-π/4, π/4], to 1e-14."""
-    return bind(r * r, lambda s: _polynomial(s, [(-1) ** i / math.factorial(2 * i) for i in range(9)]))
+    return _polynomial(let(r * r), [(-1) ** i / math.factorial(2 * i) for i in range(9)])
 
 
 def _exp(x):
     """e^x for |x| < 700, to 1e-14 relative."""
-
-    def scaled(x, t):
-        n = t - f64(_MAGIC)
-        r = bind(n, lambda n: fma64(n, f64(-1.9082149292705877e-10), fma64(n, f64(-0.6931471803691238), x)))
-        series = [1 / math.factorial(i) for i in range(14)]
-        whole = T.reinterpret("int64", t) - T.reinterpret("int64", f64(_MAGIC))
-        power = T.reinterpret("float64", T.shift_left(whole + T.int64(1023), T.int64(52)))
-        return bind(r, lambda r: _polynomial(r, series)) * power
-
-    return bind(x, lambda x: bind(fma64(x, f64(1.4426950408889634), f64(_MAGIC)), lambda t: scaled(x, t)))
+    x = let(x)
+    t = let(fma64(x, f64(1.4426950408889634), f64(_MAGIC)))
+    n = let(t - f64(_MAGIC))
+    r = let(fma64(n, f64(-1.9082149292705877e-10), fma64(n, f64(-0.6931471803691238), x)))
+    whole = T.reinterpret("int64", t) - T.int64(struct.unpack("q", struct.pack("d", _MAGIC))[0])
+    power = T.reinterpret("float64", T.shift_left(whole + T.int64(1023), T.int64(52)))
+    return _polynomial(r, [1 / math.factorial(i) for i in range(14)]) * power
 
 
 def _log(x):
     """Natural logarithm of a normal x > 0, to 1e-14: 2 atanh((m - 1) / (m + 1)) of a mantissa m in [0.71, 1.42)."""
-
-    def parts(bits):
-        # Counting the exponent from sqrt(1/2) puts the mantissa around 1.
-        exponent = T.shift_right(bits - T.int64(0x3FE6A09E667F3BCD), T.int64(52))
-        return bind(exponent, lambda e: series(e, T.reinterpret("float64", bits - T.shift_left(e, T.int64(52)))))
-
-    def series(e, m):
-        ratio = bind(m, lambda m: (m - f64(1.0)) / (m + f64(1.0)))
-        terms = [2 / (2 * i + 1) for i in range(11)]
-        return bind(ratio, lambda s: fma64(T.Cast("float64", e), f64(math.log(2)), s * bind(s * s, lambda q: _polynomial(q, terms))))
-
-    return bind(T.reinterpret("int64", x), parts)
+    bits = let(T.reinterpret("int64", x))
+    # Counting the exponent from sqrt(1/2) puts the mantissa around 1.
+    exponent = let(T.shift_right(bits - T.int64(0x3FE6A09E667F3BCD), T.int64(52)))
+    m = let(T.reinterpret("float64", bits - T.shift_left(exponent, T.int64(52))))
+    s = let((m - f64(1.0)) / (m + f64(1.0)))
+    series = _polynomial(let(s * s), [2 / (2 * i + 1) for i in range(11)])
+    return fma64(T.Cast("float64", exponent), f64(math.log(2)), s * series)

@@ -52,10 +52,16 @@ def lanes_of(value):
     return int(str(value.ty.dtype).partition("x")[2] or 1)
 
 
-def bind(value, body):
-    """`let v = value in body(v)`: a value that the body uses more than once."""
-    name = tirx.Var("v", value.ty)
-    return tirx.Let(name, value, body(name))
+def let(value):
+    """A value under a name: for one that is used more than once. Emits its definition into the block being parsed.
+
+    The name is a local buffer, which LLVM turns into a register. A TIR binding would do the same, but TVM's analyzer
+    follows bindings into the values they were made of, and takes minutes over a polynomial of a polynomial.
+    """
+    lanes = lanes_of(value)
+    name = T.alloc_buffer((lanes,), str(value.ty.dtype).partition("x")[0], scope="local")
+    T.buffer_store(name, value, [at(0, lanes)])
+    return load(name, 0, lanes)
 
 
 def intrinsic(name, *arguments, dtype):
@@ -106,14 +112,12 @@ def encode(value, dtype, lanes=1):
     if dtype == "f16":
         return T.Cast(wide("float16", lanes), value)
 
-    def rounded(bits):
-        odd = T.bitwise_and(T.shift_right(bits, u32(16, lanes)), u32(1, lanes))
-        nearest = T.shift_right(bits + odd + u32(0x7FFF, lanes), u32(16, lanes))
-        quiet = T.bitwise_or(T.shift_right(bits, u32(16, lanes)), u32(0x40, lanes))
-        nan = T.bitwise_and(bits, u32(0x7FFFFFFF, lanes)) > u32(0x7F800000, lanes)
-        return T.Cast(wide("uint16", lanes), T.Select(nan, quiet, nearest))
-
-    return bind(T.reinterpret(wide("uint32", lanes), value), rounded)
+    bits = let(T.reinterpret(wide("uint32", lanes), value))
+    odd = T.bitwise_and(T.shift_right(bits, u32(16, lanes)), u32(1, lanes))
+    nearest = T.shift_right(bits + odd + u32(0x7FFF, lanes), u32(16, lanes))
+    quiet = T.bitwise_or(T.shift_right(bits, u32(16, lanes)), u32(0x40, lanes))
+    nan = T.bitwise_and(bits, u32(0x7FFFFFFF, lanes)) > u32(0x7F800000, lanes)
+    return T.Cast(wide("uint16", lanes), T.Select(nan, quiet, nearest))
 
 
 def share(task, tasks, units):

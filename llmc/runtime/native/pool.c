@@ -1,214 +1,178 @@
-// The thread pool. It pins nothing, spins for a bounded time and then sleeps on a futex, survives fork, and runs one
-// job at a time: concurrent callers wait for each other.
 #define _GNU_SOURCE
-#include "llmc.h"
+#include "pool.h"
 
-#include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <stdbool.h>
 #include <stdlib.h>
-#include <sys/syscall.h>
-#include <time.h>
+#include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
-// glibc 2.34 moved the threads into libc under a new version; asking for the old one keeps packages loadable from 2.28.
-#if defined(__x86_64__)
-#define OLD_GLIBC "GLIBC_2.2.5"
-#elif defined(__aarch64__)
-#define OLD_GLIBC "GLIBC_2.17"
-#endif
-#ifdef OLD_GLIBC
-__asm__(".symver pthread_create, pthread_create@" OLD_GLIBC);
-__asm__(".symver pthread_join, pthread_join@" OLD_GLIBC);
-__asm__(".symver pthread_attr_setstacksize, pthread_attr_setstacksize@" OLD_GLIBC);
+#include "llmc_native.h"
+#include "sync.h"
+
+/* These moved into libc.so with a new version name in glibc 2.34; bound by the old name the library loads on 2.28. */
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
+__asm__(".symver pthread_join, pthread_join@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver pthread_create, pthread_create@GLIBC_2.17");
+__asm__(".symver pthread_join, pthread_join@GLIBC_2.17");
 #endif
 
-enum { STACK_BYTES = 8 << 20, MAX_THREADS = 1024 };
-// Some 0.3 ms: longer than the host's work between two steps, shorter than a scheduler's time slice.
-enum { SPINS = 20000 };
-
-typedef struct {
-  Pool *pool;
-  int task;
-} Worker;
+/* How long a thread spins before it sleeps. Between two steps Python samples and prepares the next one; inside a step
+ * the others are at most a kernel behind. */
+enum { SPIN_BETWEEN_STEPS = 400000, SPIN_IN_STEP = 100000, SPIN_WHEN_CROWDED = 2000 };
 
 struct Pool {
-  _Alignas(64) _Atomic uint32_t generation;  // counts jobs; workers sleep on it
-  _Atomic uint32_t idle;                     // how many workers sleep
-  _Alignas(64) _Atomic uint32_t arrived;     // tasks at the barrier
-  _Alignas(64) _Atomic uint32_t phase;       // counts barriers; tasks sleep on it
-  _Atomic uint32_t waiting;                  // how many tasks sleep
-  _Alignas(64) _Atomic int pid;              // the process whose threads these are; 0 while they are being started
-  pthread_mutex_t lock;                      // one job at a time
+  pthread_mutex_t turn; /* whose job runs */
+  int threads;          /* the caller's included */
+  int64_t spin_between_steps, spin_in_step;
   Job job;
-  void *data;
-  bool stop;
-  int threads, spins;
-  Worker *workers;
-  pthread_t *handles;
+  void *context;
+  atomic_int stopping;
+  Signal generation; /* raised for every job */
+  Barrier barrier;
+  /* Whose threads these are: 2 · pid; 2 · pid + 1 while a forked process makes its own. */
+  _Atomic int64_t owner;
+  pthread_t workers[LLMC_MAX_THREADS];
+  int first_generation; /* what new workers have already seen */
+  struct Worker {
+    Pool *pool;
+    int32_t task;
+  } places[LLMC_MAX_THREADS];
 };
 
-int allowed_threads(void);
-
-static void relax(void) {
+/* Kernels assume the processor's default treatment of floats: a host that flushes subnormals in one of its threads
+ * must not change results, nor make them depend on which thread does what. */
+static uint64_t enter_default_floats(void) {
 #if defined(__x86_64__)
-  __builtin_ia32_pause();
+  uint32_t before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(0x1f80);
+  return before;
 #elif defined(__aarch64__)
-  __asm__ volatile("yield");
+  uint64_t before, standard = 0;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+  __asm__ volatile("msr fpcr, %0" : : "r"(standard));
+  return before;
+#else
+  return 0;
 #endif
 }
 
-uint64_t now_nanoseconds(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+static void leave_default_floats(uint64_t before) {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr((uint32_t)before);
+#elif defined(__aarch64__)
+  __asm__ volatile("msr fpcr, %0" : : "r"(before));
+#else
+  (void)before;
+#endif
 }
 
-// Returns once *word != old.
-static void wait_for_change(_Atomic uint32_t *word, uint32_t old, _Atomic uint32_t *sleepers, int spins) {
-  for (int i = 0; i < spins; i++) {
-    if (atomic_load_explicit(word, memory_order_acquire) != old) return;
-    relax();
-  }
-  // A waker changes the word before it looks for sleepers, a sleeper says so before the kernel compares the word:
-  // one of the two sees the other.
-  atomic_fetch_add(sleepers, 1);
-  while (atomic_load(word) == old) syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
-  atomic_fetch_sub(sleepers, 1);
-}
-
-static void change(_Atomic uint32_t *word, _Atomic uint32_t *sleepers) {
-  atomic_fetch_add(word, 1);
-  if (atomic_load(sleepers)) syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-}
-
-void pool_barrier(Pool *pool) {
-  if (pool->threads == 1) return;
-  uint32_t phase = atomic_load_explicit(&pool->phase, memory_order_relaxed);
-  if (atomic_fetch_add_explicit(&pool->arrived, 1, memory_order_acq_rel) + 1 == (uint32_t)pool->threads) {
-    atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
-    change(&pool->phase, &pool->waiting);
-  } else {
-    wait_for_change(&pool->phase, phase, &pool->waiting, pool->spins);
-  }
+static void run_task(Pool *pool, int32_t task) {
+  uint64_t floats = enter_default_floats();
+  pool->job(pool, pool->context, task, pool->threads);
+  leave_default_floats(floats);
+  llmc_barrier_wait(&pool->barrier, pool->spin_in_step);
 }
 
 static void *work(void *argument) {
-  Worker *worker = argument;
-  Pool *pool = worker->pool;
-  for (uint32_t seen = 0;;) {
-    wait_for_change(&pool->generation, seen, &pool->idle, pool->spins);
-    seen++;  // a job ends only when every worker has done it, so none is ever missed
-    if (pool->stop) return NULL;
-    pool->job(pool, worker->task, pool->threads, pool->data);
-    pool_barrier(pool);
+  struct Worker *place = argument;
+  Pool *pool = place->pool;
+  int seen = pool->first_generation;
+  prctl(PR_SET_NAME, "llmc-worker");
+  for (;;) {
+    llmc_signal_wait(&pool->generation, seen, pool->spin_between_steps);
+    seen++;
+    if (atomic_load(&pool->stopping)) return NULL;
+    run_task(pool, place->task);
   }
 }
 
-static void begin(Pool *pool, Job job, void *data) {
-  pool->job = job;
-  pool->data = data;
-  change(&pool->generation, &pool->idle);
-}
-
-static void join(Pool *pool, int started) {
-  pool->stop = true;
-  begin(pool, NULL, NULL);
-  for (int i = 1; i < started; i++) pthread_join(pool->handles[i], NULL);
-}
-
-// Starts the workers, in a new pool or in the child of a fork, where they do not exist.
-static bool start(Pool *pool) {
-  atomic_store(&pool->generation, 0);
-  atomic_store(&pool->idle, 0);
-  atomic_store(&pool->arrived, 0);
-  atomic_store(&pool->phase, 0);
-  atomic_store(&pool->waiting, 0);
-  pthread_mutex_init(&pool->lock, NULL);
-  pool->stop = false;
+/* Starts the workers; the pool becomes smaller when the system refuses some. */
+static void start_workers(Pool *pool, int wanted) {
+  /* Signals are for the host's own threads: a new thread inherits the mask of its maker. */
   sigset_t all, before;
   sigfillset(&all);
-  sigprocmask(SIG_BLOCK, &all, &before);  // signals are the caller's
-  pthread_attr_t attributes;
-  pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, STACK_BYTES);
+  sigprocmask(SIG_SETMASK, &all, &before);
+  pool->first_generation = atomic_load(&pool->generation.value);
   int started = 1;
-  for (; started < pool->threads; started++) {
-    pool->workers[started] = (Worker){pool, started};
-    if (pthread_create(&pool->handles[started], &attributes, work, &pool->workers[started])) break;
+  for (; started < wanted; started++) {
+    pool->places[started] = (struct Worker){pool, started};
+    if (pthread_create(&pool->workers[started], NULL, work, &pool->places[started])) break;
   }
-  pthread_attr_destroy(&attributes);
   sigprocmask(SIG_SETMASK, &before, NULL);
-  if (started < pool->threads) {
-    join(pool, started);
-    return false;
-  }
-  return true;
+  /* Workers read these only after the first job's signal. */
+  pool->threads = started;
+  pool->barrier.count = started;
 }
 
-Pool *llmc_pool_create(int threads) {
-  int allowed = allowed_threads();
-  if (threads <= 0) threads = allowed;
-  if (threads > MAX_THREADS) threads = MAX_THREADS;
-  Pool *pool = aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64);
-  if (!pool) return NULL;
-  *pool = (Pool){.threads = threads};
-  pool->spins = threads <= allowed ? SPINS : 0;  // more threads than processors: spinning would keep the others away
-  pool->workers = calloc((size_t)threads, sizeof(Worker));
-  pool->handles = calloc((size_t)threads, sizeof(pthread_t));
-  if (pool->workers && pool->handles && start(pool)) {
-    atomic_store(&pool->pid, getpid());
-    return pool;
-  }
-  free(pool->workers);
-  free(pool->handles);
-  free(pool);
-  return NULL;
+static void reset(Pool *pool) {
+  pthread_mutex_init(&pool->turn, NULL);
+  atomic_store(&pool->generation.sleepers, 0);
+  atomic_store(&pool->barrier.arrived, 0);
+  atomic_store(&pool->barrier.phase.sleepers, 0);
 }
 
-void llmc_pool_destroy(Pool *pool) {
-  if (!pool) return;
-  if (atomic_load(&pool->pid) == getpid()) {
-    pthread_mutex_lock(&pool->lock);
-    join(pool, pool->threads);
-    pthread_mutex_unlock(&pool->lock);
-  }
-  free(pool->workers);
-  free(pool->handles);
-  free(pool);
-}
-
-int llmc_pool_threads(const Pool *pool) { return pool->threads; }
-
-// In a forked child the workers are gone and the lock may be held by nobody: the first caller makes both anew.
-static bool revive(Pool *pool) {
-  int self = getpid(), owner = atomic_load(&pool->pid);
-  while (owner != self) {
-    if (owner != 0 && atomic_compare_exchange_strong(&pool->pid, &owner, 0)) {
-      bool alive = start(pool);
-      if (!alive) {  // not enough threads for this process: the caller alone
-        pool->threads = 1;
-        alive = start(pool);
-      }
-      atomic_store(&pool->pid, self);
-      return alive;
+/* After a fork there is one thread, and the mutex and the counters are as others left them: begin anew. */
+static void own(Pool *pool) {
+  int64_t mine = 2 * (int64_t)getpid();
+  int64_t owner = atomic_load(&pool->owner);
+  while (owner != mine) {
+    if (owner != mine + 1 && atomic_compare_exchange_strong(&pool->owner, &owner, mine + 1)) {
+      reset(pool);
+      start_workers(pool, pool->threads);
+      atomic_store(&pool->owner, mine);
+      return;
     }
-    relax();
-    owner = atomic_load(&pool->pid);
+    owner = atomic_load(&pool->owner); /* another thread of this process is at it */
   }
-  return true;
 }
 
-int pool_run(Pool *pool, Job job, void *data) {
-  if (!revive(pool)) return -1;
-  pthread_mutex_lock(&pool->lock);
-  if (pool->threads > 1) begin(pool, job, data);
-  job(pool, 0, pool->threads, data);
-  pool_barrier(pool);
-  pthread_mutex_unlock(&pool->lock);
-  return 0;
+void *llmc_pool_create(int threads) {
+  int available = llmc_available_threads("");
+  if (threads <= 0) threads = available;
+  if (threads > LLMC_MAX_THREADS) threads = LLMC_MAX_THREADS;
+  Pool *pool = aligned_alloc(64, (sizeof(Pool) + 63) / 64 * 64);
+  if (pool == NULL) return NULL;
+  memset(pool, 0, sizeof *pool);
+  /* With more threads than processors, spinning takes time from the thread that is waited for. */
+  int crowded = threads > (int)sysconf(_SC_NPROCESSORS_ONLN) || threads > 2 * available;
+  pool->spin_between_steps = crowded ? SPIN_WHEN_CROWDED : SPIN_BETWEEN_STEPS;
+  pool->spin_in_step = crowded ? SPIN_WHEN_CROWDED : SPIN_IN_STEP;
+  reset(pool);
+  start_workers(pool, threads);
+  atomic_store(&pool->owner, 2 * (int64_t)getpid());
+  return pool;
 }
+
+void llmc_pool_destroy(void *handle) {
+  Pool *pool = handle;
+  if (pool == NULL) return;
+  if (atomic_load(&pool->owner) == 2 * (int64_t)getpid()) {
+    atomic_store(&pool->stopping, 1);
+    llmc_signal_raise(&pool->generation);
+    for (int i = 1; i < pool->threads; i++) pthread_join(pool->workers[i], NULL);
+    pthread_mutex_destroy(&pool->turn);
+  }
+  free(pool);
+}
+
+int llmc_pool_threads(void *pool) { return ((Pool *)pool)->threads; }
+
+void llmc_pool_run(Pool *pool, Job job, void *context) {
+  own(pool);
+  pthread_mutex_lock(&pool->turn);
+  pool->job = job;
+  pool->context = context;
+  if (pool->threads > 1) llmc_signal_raise(&pool->generation);
+  run_task(pool, 0);
+  pthread_mutex_unlock(&pool->turn);
+}
+
+void llmc_pool_barrier(Pool *pool) {
+  if (pool->threads > 1) llmc_barrier_wait(&pool->barrier, pool->spin_in_step);
+}
+
+const char *llmc_build(void) { return "llmc-native 1 " LLMC_ISA; }

@@ -1,0 +1,292 @@
+"""What is nearly a fusion and must not be one: nothing fires, and the refusal says why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from llmc.ir.graph import Graph, State
+from llmc.ir.op import Value
+from llmc.ir.ops.attention import Attention
+from llmc.ir.ops.elementwise import Silu
+from llmc.ir.ops.norm import LayerNorm, RmsNorm
+from llmc.ir.ops.rope import Rope
+from llmc.ir.types import DType, symbol
+from llmc.ir.verify import verify
+from llmc.passes.base import PassContext
+from llmc.passes.pipelines import read_pipeline
+from tests.passes.graphs import F32, Model, counts
+
+
+def attend(
+    b: Model, mask: Callable[[Value, Value], Value] | None = None, value: float = -math.inf, biased: bool = False
+) -> Graph:
+    """Attention over two heads, with one thing another way."""
+    t = b.tokens
+    heads = [b.transpose(b.reshape(b.input(n, F32, (t, 8)), shape=(t, 2, 4)), axes=(1, 0, 2)) for n in ("q", "k", "v")]
+    scores = b.matmul(heads[0], b.transpose(heads[1], axes=(0, 2, 1)))
+    row, column = b.reshape(b.positions, shape=(t, 1)), b.reshape(b.positions, shape=(1, t))
+    if biased:
+        scores = b.add(scores, b.cast(column, dtype=F32))
+    if mask is not None:
+        scores = b.mask(scores, mask(row, column), value=value)
+    mixed = b.matmul(b.softmax(scores), heads[2])
+    return b.graph({"out": b.reshape(b.transpose(mixed, axes=(1, 0, 2)), shape=(t, 8))})
+
+
+def two_conditions(b: Model) -> Graph:
+    def window(row: Value, column: Value) -> Value:
+        near = b.greater_equal(b.add(column, b.constant([[8]], DType.I32)), row)
+        result: Value = b.logical_and(b.greater_equal(row, column), near)
+        return result
+
+    return attend(b, mask=window)
+
+
+def grouped(b: Model, tiled: bool) -> Graph:
+    """Queries of 4 heads of width 4 over keys of 2."""
+    t = b.tokens
+    q = b.input("q", F32, (t, 16))
+    k, v = (b.input(n, F32, (t, 8)) for n in ("k", "v"))
+
+    def heads(x: Value, count: int) -> Value:
+        result: Value = b.transpose(b.reshape(x, shape=(t, count, 4)), axes=(1, 0, 2))
+        return result
+
+    def wide(x: Value) -> Value:
+        narrow, shape = ((1, 2, t, 4), (2, 2, t, 4)) if tiled else ((2, 1, t, 4), (2, 2, t, 4))
+        result: Value = b.reshape(b.expand(b.reshape(heads(x, 2), shape=narrow), shape=shape), shape=(4, t, 4))
+        return result
+
+    scores = b.matmul(heads(q, 4), b.transpose(wide(k), axes=(0, 2, 1)))
+    row, column = b.reshape(b.positions, shape=(t, 1)), b.reshape(b.positions, shape=(1, t))
+    weights = b.softmax(b.mask(scores, b.greater_equal(row, column), value=-math.inf))
+    mixed = b.transpose(b.matmul(weights, wide(v)), axes=(1, 0, 2))
+    return b.graph({"out": b.reshape(mixed, shape=(t, 16))})
+
+
+def weights_wanted(b: Model) -> Graph:
+    """Attention whose weights leave the graph."""
+    q, k, v = (b.input(n, F32, (b.tokens, 8)) for n in ("q", "k", "v"))
+    out = b.primitive(Attention(2, 2, 4, 0.5), q, k, v, b.positions)
+    softmax = out.node.inputs[0].node.inputs[0].node.inputs[0]
+    assert softmax.op.name == "softmax"
+    return b.graph({"out": out, "weights": softmax})
+
+
+def other_positions(b: Model) -> Graph:
+    other = b.input("other", DType.I32, (b.tokens,))
+    row = b.reshape(other, shape=(b.tokens, 1))
+    return attend(b, mask=lambda _, column: b.greater_equal(row, column))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (attend, "the scores are not masked"),
+        (lambda b: attend(b, mask=lambda r, c: b.greater_equal(c, r)), "not causal: tokens would see those after them"),
+        (lambda b: attend(b, mask=b.greater_equal, value=-10000.0), "masked scores become -10000.0"),
+        (two_conditions, "a second condition beside causality"),
+        (other_positions, "does not compare one vector of positions with itself"),
+        (lambda b: grouped(b, tiled=True), "want each head repeated beside itself"),
+        (weights_wanted, "its inner value is also used by a result of the graph"),
+        (
+            lambda b: attend(b, b.greater_equal, biased=True),
+            "want the product of queries and keys, found add",
+        ),
+    ],
+    ids=["no-mask", "anticausal", "soft-mask", "window", "positions", "tiled", "weights", "no-product"],
+)
+def test_attention(make: Callable[[Model], Graph], reason: str) -> None:
+    graph = make(Model())
+    verify(graph)
+    context = PassContext()
+    after = read_pipeline("fuse-attention").run(graph, context)
+    assert context.counts == {"attention": 0}
+    assert after == graph
+    assert reason in str(context.refusals["attention"][0])
+
+
+def test_grouped_attention_is_recognised_where_it_is_right() -> None:
+    assert counts(read_pipeline("fuse-attention,canonicalize").run(grouped(Model(), tiled=False))) == {"attention": 1}
+
+
+def rotated(b: Model, **changes: bool) -> Graph:
+    """Rope of halves, written out, with one thing another way."""
+    x = b.input("x", F32, (b.tokens, 8))
+    cos, sin = b.table(4)
+    if changes.get("sines_only"):
+        cos = sin
+    heads = b.reshape(x, shape=(b.tokens, 2, 4))
+    c, s = (b.reshape(table, shape=(b.tokens, 1, 2)) for table in (cos, sin))
+    first, second = (b.slice(heads, axis=2, start=i, stop=i + 2) for i in (0, 2))
+    if changes.get("swapped"):
+        first, second = second, first
+    if changes.get("exp"):
+        first = b.exp(first)
+    turned = b.sub(b.mul(first, c), b.mul(second, s)), b.add(b.mul(second, c), b.mul(first, s))
+    out = b.concat(*turned, axis=2)
+    return b.graph({"out": out, **({"half": turned[0]} if changes.get("half") else {})})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"swapped": True}, "want Slice(axis=2, start=0, stop=2, step=1)"),
+        ({"exp": True}, "what is rotated are no slices"),
+        ({"half": True}, "its inner value is also used by a result of the graph"),
+    ],
+)
+def test_rope(changes: dict[str, bool], reason: str) -> None:
+    context = PassContext()
+    read_pipeline("fuse-rope").run(rotated(Model(), **changes), context)
+    assert context.counts["rope"] == 0
+    assert reason in str(context.refusals["rope"][0])
+
+
+def test_part_of_a_head_that_is_left_out() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 12))
+    cos, sin = b.table(4)
+    whole = b.primitive(Rope(2, 6, 4), x, cos, sin)
+    concat = whole.node.inputs[0].node
+    graph = b.graph({"out": b.concat(*concat.inputs[:2], axis=2)})
+    context = PassContext()
+    read_pipeline("fuse-rope").run(graph, context)
+    assert "4 of 6 elements are rotated and the rest is left out" in str(context.refusals["rope"][0])
+
+
+def test_a_table_of_sines_alone() -> None:
+    context = PassContext()
+    read_pipeline("fuse-rope").run(rotated(Model(), sines_only=True), context)
+    assert context.counts["rotary-table"] == 0
+    assert "want the sine and the cosine of one product" in str(context.refusals["rotary-table"][0])
+
+
+def test_a_table_of_something_else_than_positions() -> None:
+    b = Model()
+    angles = b.mul(b.input("x", F32, (b.tokens, 1)), b.constant([[1.0, 0.5]], F32))
+    context = PassContext()
+    read_pipeline("fuse-rope").run(b.graph({"cos": b.cos(angles), "sin": b.sin(angles)}), context)
+    assert "the angles are no product of positions" in str(context.refusals["rotary-table"][0])
+
+
+def test_norms() -> None:
+    b = Model()
+    x, gate = (b.input(n, F32, (b.tokens, 4)) for n in ("x", "gate"))
+    gated = b.primitive(RmsNorm(1e-5), x, gate)
+    inner = b.primitive(LayerNorm(1e-5), x, b.weight(4), b.weight(4, name="bias"))
+    centred = inner.node.inputs[0].node.inputs[0].node.inputs[0]
+    assert centred.op.name == "sub"
+    context = PassContext()
+    after = read_pipeline("fuse-norm").run(b.graph({"gated": gated, "out": inner, "centred": centred}), context)
+    assert counts(after)["layer_norm"] == 0
+    assert "its inner value is also used by a result of the graph" in str(context.refusals["layer-norm"][0])
+    assert "no vector" in " ".join(map(str, context.refusals["rms-norm"]))
+
+
+def test_a_norm_without_an_addition() -> None:
+    b = Model()
+    y = b.primitive(RmsNorm(1e-5), b.exp(b.input("x", F32, (b.tokens, 4))), b.weight(4))
+    context = PassContext()
+    read_pipeline("fuse-norm").run(b.graph({"out": y}), context)
+    assert context.counts["rms-norm"] == 1
+    assert str(context.refusals["add-rms-norm"][0]).startswith("want add, found exp")
+
+
+def test_linears() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+    batch = b.matmul(b.reshape(x, shape=(1, b.tokens, 4)), b.weight(4, 3))
+    stacked = b.matmul(x, b.weight(2, 4, 3, name="stack"))
+    product = b.matmul(x, b.transpose(x, axes=(1, 0)))
+    context = PassContext()
+    graph = b.graph({"a": batch, "b": stacked, "c": product})
+    assert read_pipeline("raise-linear").run(graph, context) == graph
+    reasons = " ".join(map(str, context.refusals["linear"]))
+    for reason in ("a linear takes [rows, features]", "is no matrix", "does not depend on parameters alone"):
+        assert reason in reasons
+
+
+def test_biases() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+    y = b.add(b.add(b.project("a", x, 4, bias=True), b.weight(4, name="second")), b.weight(1, 4, name="row"))
+    context = PassContext()
+    after = read_pipeline("raise-linear").run(b.graph({"out": y}), context)
+    assert counts(after) == {"linear": 1, "add": 2}
+    reasons = " ".join(map(str, context.refusals["linear-bias"]))
+    assert "the linear has a bias or an activation already" in reasons
+
+
+def test_packing() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+    y = b.add(b.project("a", x, 4, bias=True), b.project("b", x, 4))
+    z = b.primitive(Silu(), b.project("c", b.exp(x), 4))
+    context = PassContext()
+    after = read_pipeline("raise-linear,fuse-mlp,pack-linears").run(b.graph({"y": y, "z": z}), context)
+    assert counts(after)["linear"] == 3
+    reasons = " ".join(map(str, context.refusals["pack-linears"]))
+    assert "another linear reads its input, but has weights of another kind" in reasons
+    assert "the linear has an activation" in reasons
+
+
+def test_gates() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+    a, c = b.project("a", x, 4), b.project("c", x, 4, bias=True)
+    d, e = b.project("d", b.exp(x), 4), b.project("e", x, 4)
+    products = {
+        "plain": b.mul(a, e),
+        "bias": b.mul(b.primitive(Silu(), b.project("f", x, 4)), c),
+        "inputs": b.mul(b.primitive(Silu(), b.project("g", x, 4)), d),
+        "factor": b.mul(b.primitive(Silu(), b.project("h", x, 4)), x),
+        "both": b.mul(b.primitive(Silu(), b.project("i", x, 4)), b.relu(b.project("j", x, 4))),
+    }
+    context = PassContext()
+    after = read_pipeline("raise-linear,fuse-mlp").run(b.graph(products), context)
+    assert counts(after)["gated_linear"] == 0
+    reasons = " ".join(map(str, context.refusals["gated-linear"]))
+    for reason in ("found none and none", "has a bias", "different inputs", "no linear", "found silu and relu"):
+        assert reason in reasons, reason
+
+
+def appended(b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: bool = True) -> Graph:
+    """A joint projection of 2 query heads, 1 key and 1 value head of width 4, rotated and appended."""
+    t = b.tokens
+    qkv = b.input("qkv", F32, (t, 16))
+    slots = b.input("slots", DType.I32, (t,))
+    cos, sin = (b.input(n, F32, (t, 2)) for n in ("cos", "sin"))
+    q, k, v = (b.slice(qkv, axis=1, start=i, stop=j) for i, j in ((0, queries), (key_start, key_start + 4), (12, 16)))
+    if rotate_queries:
+        q = b.rope(q, cos, sin, num_heads=queries // 4, head_dim=4, rotary_dim=4)
+    k = b.rope(k, cos, sin, num_heads=1, head_dim=4, rotary_dim=4)
+    blocks = symbol("num_blocks")
+    key = b.state(State("key", "paged_kv", F32, (blocks, 1, 4, 16)))
+    value = b.state(State("value", "paged_kv", F32, (blocks, 1, 16, 4)))
+    key, value = b.kv_append(k, v, slots, key, value, num_kv_heads=1, head_dim=4)
+    return b.graph({"q": q}, {"key": key, "value": value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rotate_queries": False}, "queries are not rotated as keys are"),
+        ({"key_start": 4}, "do not follow each other in one projection"),
+        ({"queries": 4}, "want one slice of the 8 query columns, found 0"),
+    ],
+)
+def test_appends(changes: dict[str, int], reason: str) -> None:
+    context = PassContext()
+    read_pipeline("fuse-append").run(appended(Model(), **changes), context)  # type: ignore[arg-type]
+    assert context.counts == {"rope-append": 0, "qkv-append": 0}
+    assert reason in str(context.refusals["rope-append"][0])
+
+
+def test_an_append_that_is_right_fuses() -> None:
+    context = PassContext()
+    read_pipeline("fuse-append").run(appended(Model()), context)
+    assert context.counts == {"rope-append": 1, "qkv-append": 0}

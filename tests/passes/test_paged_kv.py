@@ -1,0 +1,191 @@
+"""A step over a ragged batch gives each sequence what the model gives it alone, whatever its blocks hold beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.ir.errors import LlmcError
+from llmc.ir.graph import Graph, Leaf, StateInput
+from llmc.ir.interpret import interpret
+from llmc.ir.op import Array, Value
+from llmc.ir.ops.attention import Attention
+from llmc.ir.types import DType, TensorType, symbol
+from llmc.passes.base import PassContext
+from llmc.passes.observe import with_wide_states
+from llmc.passes.paged_kv import PagedKv
+from llmc.passes.pipelines import COMMON, read_pipeline, step_pipeline
+from llmc.passes.trials import random_parameter
+from tests.passes.graphs import F32, Model, learned_model, rotary_model
+
+BLOCK = 4
+
+
+def parameters(graph: Graph) -> dict[str, Array]:
+    return {v.op.label: random_parameter(v) for v in graph.params if isinstance(v.op, Leaf)}
+
+
+MODELS = {name: model(layers=2) for name, model in (("rotary", rotary_model), ("learned", learned_model))}
+STEPS = {name: with_wide_states(step_pipeline(DType.F32, BLOCK).run(g)) for name, g in MODELS.items()}
+
+
+@settings(max_examples=25)
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    chunk=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_ragged_batches_equal_sequences_alone(name: str, lengths: list[int], chunk: int, seed: int) -> None:
+    """Prompts are fed in chunks, all sequences together; blocks are shuffled and what nobody owns is NaN."""
+    rng = np.random.default_rng(seed)
+    model, step = MODELS[name], STEPS[name]
+    weights = parameters(model)
+    ids = [rng.integers(0, 11, n) for n in lengths]
+    alone = [interpret(model, {"token_ids": i, "positions": np.arange(len(i))}, weights).outputs["logits"] for i in ids]
+    blocks = [-(-n // BLOCK) for n in lengths]
+    count = sum(blocks) + 2
+    free = list(rng.permutation(count))
+    tables = rng.integers(0, count, (len(ids), max(blocks)))
+    for s, needed in enumerate(blocks):
+        tables[s, :needed] = [free.pop() for _ in range(needed)]
+    states = {
+        v.op.state.name: np.full(v.type.concrete({"num_blocks": count}), np.nan)
+        for v in step.states
+        if isinstance(v.op, StateInput)
+    }
+    for start in range(0, max(lengths), chunk):
+        running = [s for s, n in enumerate(lengths) if n > start]
+        stops = [min(lengths[s], start + chunk) for s in running]
+        positions = np.concatenate([np.arange(start, stop) for stop in stops])
+        owner = np.repeat(running, [stop - start for stop in stops])
+        inputs = {
+            "token_ids": np.concatenate([ids[s][start:stop] for s, stop in zip(running, stops, strict=True)]),
+            "positions": positions,
+            "slot_mapping": tables[owner, positions // BLOCK] * BLOCK + positions % BLOCK,
+            "query_start": np.cumsum([0, *(stop - start for stop in stops)]),
+            "block_tables": tables[running],
+            "logit_rows": rng.permutation(len(positions)),
+        }
+        result = interpret(step, inputs, weights, states)
+        states = result.states
+        expected = np.stack([alone[owner[row]][positions[row]] for row in inputs["logit_rows"]])
+        np.testing.assert_allclose(result.outputs["logits"], expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(result.outputs["greedy"], result.outputs["logits"].argmax(-1))
+
+
+def test_the_interface() -> None:
+    graph = read_pipeline("paged-kv{block_size=8,dtype=bf16}").run(COMMON.run(rotary_model(layers=2)))
+    assert [getattr(v.op, "label", None) for v in graph.inputs] == [
+        "token_ids",
+        "positions",
+        "slot_mapping",
+        "query_start",
+        "block_tables",
+        "logit_rows",
+    ]
+    assert [name for name, _ in graph.outputs] == ["logits", "greedy"]
+    assert [str(v.type) for _, v in graph.outputs] == ["f32[outputs, 11]", "i32[outputs]"]
+    assert str(graph.leaf("query_start").type) == "i32[sequences + 1]"
+    states = [v.op.state for v in graph.states if isinstance(v.op, StateInput)]
+    assert [s.name for s in states[:2]] == ["layers.0.attention.key", "layers.0.attention.value"]
+    assert [list(map(str, s.shape)) for s in states[:2]] == [
+        ["num_blocks", "2", "4", "8"],
+        ["num_blocks", "2", "8", "4"],
+    ]
+    assert {s.dtype for s in states} == {DType.BF16}
+    assert all(s.max is None for s in graph.symbols.values())
+
+
+def test_rows_are_gathered_before_the_head() -> None:
+    graph = step_pipeline(DType.F32).run(rotary_model())
+    (gather,) = [n for n in graph.nodes if n.op.name == "gather_rows"]
+    assert [n.op.name for n, _ in graph.uses[gather.results[0]]] == ["linear"]
+    assert gather.inputs[0].op.name == "add_rms_norm"
+
+
+def test_places_that_are_shared_are_numbered() -> None:
+    b = Model()
+    table = b.param("table", F32, (11, 8))
+    x = b.embedding(b.token_ids, table, dtype=F32)
+    for _ in range(2):
+        x = b(Attention(2, 2, 4, 0.5), x, x, x, b.positions)
+    graph = PagedKv().run(b.graph({"logits": b.linear(x, table)}), PassContext())
+    names = [getattr(v.op, "label", None) for v in graph.states]
+    assert names == ["attention.key", "attention.value", "attention_2.key", "attention_2.value"]
+
+
+def embedded(b: Model) -> Value:
+    result: Value = b.embedding(b.token_ids, b.param("table", F32, (11, 8)), dtype=F32)
+    return result
+
+
+def average(b: Model) -> Value:
+    x = embedded(b)
+    return b.add(x, b.transpose(b.mean(b.transpose(x, axes=(1, 0))), axes=(1, 0)))  # type: ignore[no-any-return]
+
+
+def unmasked(b: Model) -> Value:
+    x = embedded(b)
+    return b.matmul(b.softmax(b.matmul(x, b.transpose(x, axes=(1, 0)))), x)  # type: ignore[no-any-return]
+
+
+def merged(b: Model) -> Value:
+    wide = b.reshape(embedded(b), shape=(2 * b.tokens, 4))
+    return b.reshape(b.exp(wide), shape=(b.tokens, 8))  # type: ignore[no-any-return]
+
+
+def paired(b: Model) -> Value:
+    column, row = (b.cast(b.reshape(b.positions, shape=s), dtype=F32) for s in ((b.tokens, 1), (1, b.tokens)))
+    return b.add(embedded(b), b.mean(b.sub(column, row)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (average, r"mean\(.*mixes tokens: it reduces f32\[8, tokens\] over the tokens"),
+        (unmasked, r"matmul\(.*mixes tokens: it pairs each token with every other\. Only attention .*explain fuse-att"),
+        (merged, r"reshape\(.*it hides the tokens of f32\[tokens, 8\] in f32\[2\*tokens, 4\]"),
+        (paired, r"sub\(.*mixes tokens: its operands .* pair each token with every other"),
+    ],
+    ids=["average", "unmasked", "merged", "paired"],
+)
+def test_what_mixes_tokens_is_an_error(make: Callable[[Model], Value], message: str) -> None:
+    b = Model()
+    graph = b.graph({"logits": make(b)})
+    with pytest.raises(LlmcError, match=message):
+        PagedKv().run(graph, PassContext())
+
+
+def test_what_keeps_tokens_apart_is_none() -> None:
+    """Reshapes, transposes, slices and sums inside a token's own row are allowed."""
+    b = Model()
+    heads = b.transpose(b.reshape(embedded(b), shape=(b.tokens, 2, 4)), axes=(1, 0, 2))
+    gram = b.matmul(b.reshape(heads, shape=(2, b.tokens, 1, 4)), b.reshape(heads, shape=(2, b.tokens, 4, 1)))
+    flat = b.reshape(b.transpose(gram, axes=(1, 0, 2, 3)), shape=(b.tokens, 2))
+    logits = b.concat(b.softmax(flat), b.slice(flat, axis=1, start=0, stop=1), axis=1)
+    after = PagedKv().run(b.graph({"logits": logits}), PassContext())
+    assert after.outputs[0][1].type == TensorType(F32, (symbol("outputs"), 3))
+
+
+def test_other_interfaces_are_refused() -> None:
+    b = Model()
+    graph = b.graph({"scores": embedded(b)})
+    with pytest.raises(LlmcError, match=r"from token_ids and positions to logits .* outputs \['scores'\]"):
+        PagedKv().run(graph, PassContext())
+    b = Model()
+    b.input("mask", DType.I32, (b.tokens,))
+    with pytest.raises(LlmcError, match=r"given inputs .*'mask'"):
+        PagedKv().run(b.graph({"logits": embedded(b)}), PassContext())
+
+
+def test_positions_must_be_the_input() -> None:
+    b = Model()
+    x = embedded(b)
+    attended = b(Attention(2, 2, 4, 0.5), x, x, x, b.add(b.positions, b.positions))
+    with pytest.raises(LlmcError, match="has positions of its own"):
+        PagedKv().run(b.graph({"logits": attended}), PassContext())
