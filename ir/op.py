@@ -176,7 +176,10 @@ class Op:
     def expand(self, types: Iterable[TensorType]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
         """The decomposition traced on holes of the given types: (holes, results)."""
         holes = tuple(Value(Node(Hole(i), (), (t,))) for i, t in enumerate(types))
-        return holes, as_tuple(self.decompose(Emitter(), *holes))
+        try:
+            return holes, as_tuple(self.decompose(Emitter(), *holes))
+        except ValueError:  # raised where a decomposition unpacks its operands
+            raise TypeMismatch(f"{self.name} does not take {len(holes)} operands") from None
 
     def expects(self, condition: bool, what: str, *given: object) -> None:
         """Raise `TypeMismatch` unless the condition holds."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -163,8 +163,8 @@ class _Parser:
         self, number: int, line: str, targets: str, name: str, operands: str, attributes: str, types: str, loc: str
     ) -> None:
         kind = Op.registry.get(name)
-        if kind is None:
-            raise ParseError(f"line {number}: there is no op {name!r}; {nearest(name, Op.registry)}")
+        if kind is None or kind.leaf:
+            raise ParseError(f"line {number}: there is no op {name!r}; {nearest(name, _computing())}")
         given: dict[str, Any] = {}
         for part in split(attributes or ""):
             key, equals, value = part.partition("=")
@@ -172,8 +172,9 @@ class _Parser:
                 raise self._error(number, line, f"attribute=value, not {part!r}")
             given[key] = self._attribute(number, value)
         try:
+            _check_attributes(kind, given)
             op = kind(**_with_constants(kind, given))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ParseError) as error:
             raise ParseError(f"line {number}: {name}: {error}") from None
         inputs = tuple(self._value(number, operand) for operand in split(operands))
         result_types = tuple(self._type(number, line, t) for t in split(types, ";"))
@@ -258,6 +259,31 @@ class _Evaluator:
             case ast.FloorDiv() if right != 0:
                 return left // right
         raise ParseError("dimensions are added, subtracted, multiplied by and divided (//) by integers")
+
+
+def _computing() -> list[str]:
+    """Names of the ops that a text may use in nodes."""
+    return [name for name, kind in Op.registry.items() if not kind.leaf]
+
+
+def _check_attributes(kind: type[Op], given: Mapping[str, Any]) -> None:
+    """Raise `ParseError` unless every attribute has the kind that its field declares."""
+    for f in fields(kind):  # type: ignore[arg-type]
+        accepted = _KINDS.get(str(f.type))
+        if f.name in given and accepted is not None and not accepted(given[f.name]):
+            raise ParseError(f"{kind.name}: {f.name} must be of kind {f.type}, given {given[f.name]!r}")
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "bool": lambda v: isinstance(v, bool),
+    "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
+    "str": lambda v: isinstance(v, str),
+    "DType": lambda v: isinstance(v, DType),
+    "Shape": lambda v: isinstance(v, tuple) and all(isinstance(d, int | Linear) for d in v),
+    "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(isinstance(d, int) for d in v),
+}
+"""What an attribute's declared type accepts; other declared types are not checked."""
 
 
 def _with_constants(kind: type[Op], given: dict[str, Any]) -> dict[str, Any]:

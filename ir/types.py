@@ -195,15 +195,25 @@ def evaluate(dim: Dim, values: Mapping[str, int]) -> int:
 
 
 def upper_bound(dim: Dim) -> int:
-    """The largest value under the symbols' bounds."""
+    """A size that the dimension does not exceed under the symbols' bounds; exact where no symbol occurs twice."""
+    return _extreme(dim, True)
+
+
+def _extreme(dim: Dim, high: bool) -> int:
+    """A bound from above or from below, term by term."""
     if isinstance(dim, int):
         return dim
-    bounds: dict[str, int] = {}
-    for sym in symbols_of(dim):
-        if sym.max is None:
-            raise LlmcError(f"dimension {dim}: symbol {sym.name} has no upper bound")
-        bounds[sym.name] = sym.max
-    return evaluate(dim, bounds)
+    total = dim.constant
+    for atom, coefficient in dim.terms:
+        upward = high == (coefficient > 0)
+        if isinstance(atom, FloorDiv):
+            value = _extreme(atom.numerator, upward) // atom.divisor
+        elif upward and atom.max is None:
+            raise LlmcError(f"dimension {dim}: symbol {atom.name} has no upper bound")
+        else:
+            value = atom.max if upward and atom.max is not None else atom.min
+        total += coefficient * value
+    return total
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def verify(graph: Graph, stage: str = "step") -> None:
             inferred = node.op.infer(*(v.type for v in node.inputs))
         except LlmcError as error:
             raise _error(graph, node, str(error)) from error
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise _error(graph, node, f"its attributes make no sense: {error}") from error
         if inferred != node.types:
             recorded = ", ".join(map(str, node.types))
             raise _error(graph, node, f"recorded as {recorded}, inferred as {', '.join(map(str, inferred))}")
@@ -48,9 +50,10 @@ def _verify_leaves(graph: Graph) -> None:
         double = {label for label in labels if labels.count(label) > 1} if len(set(labels)) < len(labels) else set()
         if double or len(labels) != len(leaves):
             raise VerificationError(f"graph {graph.name}: {kind} {', '.join(sorted(double))} is declared twice")
+    declared = {*graph.inputs, *graph.params, *graph.states}
     for value in graph.results:
-        if not isinstance(value.op, Leaf) and value.node not in set(graph.nodes):
-            raise VerificationError(f"graph {graph.name}: result {value.node!r} is not in the graph")
+        if isinstance(value.op, Leaf) and value not in declared:
+            raise VerificationError(f"graph {graph.name}: it returns {value.op.label!r}, which it does not declare")
 
 
 def _verify_states(graph: Graph) -> None:

@@ -58,7 +58,7 @@ def bench_package(
     context or the batch is larger than the package was compiled for.
     """
     model = open_package(folder).load(threads=threads)
-    engine, limit = model.engine, model.info["model"]["max_sequence_length"]
+    engine, limit = model.sequence().engine, model.info["model"]["max_sequence_length"]
     if depth + prefill + decode > limit:
         raise LlmcError(
             f"depth {depth} + prefill {prefill} + decode {decode} is more than the package's context of {limit} tokens"
@@ -94,7 +94,7 @@ def bench_package(
 
 def _run(model: Any, tokens: list[int], prefill: int, decode: int, depth: int, batch: int) -> tuple[float, float, float]:
     """Seconds of one prefill and of all decode steps, and the bandwidth around the latter."""
-    engine = model.engine
+    engine = model.sequence().engine
     library, weights = engine.executor.library, engine.executor.weights
     first = model.sequence()
     if depth:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from llmc.backends.package import PackageWriter, check_name, to_json
@@ -13,6 +13,7 @@ from llmc.backends.wheel import write_wheel
 from llmc.checks import make_checks
 from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
 from llmc.compile_report import CompileReport
+from llmc.entries import specialised
 from llmc.importers.hf import ImportedModel, import_model
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
@@ -21,11 +22,10 @@ from llmc.ir.op import Array
 from llmc.ir.target import parse_target
 from llmc.ir.types import DType
 from llmc.ir.verify import verify
-from llmc.options import KV_DTYPES, CompileOptions, Limits
-from llmc.passes.base import Observer, PassContext, Pipeline
+from llmc.options import KV_DTYPES, CompileOptions
+from llmc.passes.base import Observer, PassContext
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
-from llmc.passes.specialize import Specialize
 
 
 def compile_model(
@@ -102,13 +102,6 @@ def run_passes(
     if options.check_numerics:
         observers.append(NumericsCheck(load))
     return step_pipeline(kv_dtype, options.block_size).run(graph, context, together(*observers))
-
-
-def specialised(lowered: Graph, limits: Limits) -> Iterator[tuple[str, Graph]]:
-    """The lowered graph under each entry point's bounds."""
-    for name, tokens in (("decode", limits.sequences), ("prefill", limits.tokens), ("verify", limits.verify_tokens)):
-        bounds = Specialize(name, tokens, limits.sequences, limits.outputs)
-        yield name, Pipeline((bounds,)).run(lowered)
 
 
 def host_flags() -> frozenset[str]:

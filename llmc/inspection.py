@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.backends.tvm.lower import lower
-from llmc.driver import specialised
+from llmc.entries import specialised
 from llmc.importers.hf import import_model
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph, Leaf

@@ -87,7 +87,7 @@ def _first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tol
 
     Both run the same lowered graph on one prefill of two sequences; the machine's values are read after each launch.
     """
-    engine = model.engine
+    engine = model.sequence().engine
     tables = [engine.new_table() for _ in _PROMPT_LENGTHS]
     prompts = [_prompt(model, i, n).astype(np.int32) for i, n in enumerate(_PROMPT_LENGTHS)]
     with engine.exclusive():

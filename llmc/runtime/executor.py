@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -63,13 +63,7 @@ class NativeExecutor:
             if self._closed:
                 raise ModelError("the model is closed")
             dims = batch.dims
-            for name in INPUTS:
-                values = getattr(batch, name)
-                # The native step trusts what it is given, so what would write past a buffer must not reach it.
-                assert values.size <= self._inputs[name].size, name
-                self._inputs[name][: values.size] = values.reshape(-1)
-            assert dims[3] <= self.limits.outputs
-            self._dims[:] = dims
+            self._take(batch)
             launches, args = self._tables[entry]
             nanoseconds = np.zeros(len(launches), np.uint64) if profile is not None else None
             self.library.step(
@@ -84,6 +78,37 @@ class NativeExecutor:
                 context = int(batch.positions[batch.query_start[:-1]].sum())
                 profile.add(self.plan.entries[entry], self.plan.kernels, nanoseconds, dims[0], context)
             return StepOutput(self._outputs["logits"][: dims[3]], self._outputs["greedy"][: dims[3]])
+
+    def trace(self, entry: str, batch: Batch) -> Iterator[Callable[[int, Any, tuple[int, ...]], NDArray[Any]]]:
+        """Run one step launch by launch, to find the first that is wrong.
+
+        After each launch gives a function that reads an argument: its number, dtype and shape -> a copy of the array.
+        """
+        with self.lock:
+            self._take(batch)
+            launches, args = self._tables[entry]
+            for i, launch in enumerate(self.plan.entries[entry].launches):
+                self.library.step(
+                    launches[i:].ctypes.data, 1, self._kernels.ctypes.data, args.ctypes.data, self._dims.ctypes.data, 0
+                )
+                buffers = [self.plan.buffers[number] for number in launch.args]
+                yield lambda place, dtype, shape, buffers=buffers: self._read(buffers[place], dtype, shape)
+
+    def _read(self, buffer: Buffer, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A copy of what a buffer holds."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = self._memory(buffer)[buffer.offset : buffer.offset + size]
+        return memory.view(dtype).reshape(shape).copy()
+
+    def _take(self, batch: Batch) -> None:
+        """Put a batch's inputs where the kernels read them."""
+        for name in INPUTS:
+            values = getattr(batch, name)
+            # The native step trusts what it is given, so what would write past a buffer must not reach it.
+            assert values.size <= self._inputs[name].size, name
+            self._inputs[name][: values.size] = values.reshape(-1)
+        assert batch.dims[3] <= self.limits.outputs
+        self._dims[:] = batch.dims
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy a whole block of every state."""
@@ -111,6 +136,10 @@ class NativeExecutor:
         return launches, args
 
     def _address(self, buffer: Buffer) -> int:
+        return int(self._memory(buffer).ctypes.data) + buffer.offset
+
+    def _memory(self, buffer: Buffer) -> NDArray[np.uint8]:
+        """The memory in which a buffer lies, as bytes."""
         places: dict[str, Callable[[], NDArray[Any]]] = {
             "arena": lambda: self._arena,
             "param": lambda: self.weights,
@@ -118,7 +147,7 @@ class NativeExecutor:
             "input": lambda: self._inputs[buffer.name],
             "output": lambda: self._outputs[buffer.name],
         }
-        return int(places[buffer.kind]().ctypes.data) + buffer.offset
+        return places[buffer.kind]().reshape(-1).view(np.uint8)
 
 
 def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[int, list[NDArray[np.uint8]]]:

@@ -127,12 +127,13 @@ def parse_plan(document: Field, weights_bytes: int) -> Plan:
 def _state(field: Field) -> StateSpec:
     if field.key("kind").value != "paged_kv":
         field.key("kind").fail("'paged_kv', the only kind of state that this runtime knows")
-    if field.key("dtype").value not in ITEM_BYTES:
+    dtype = field.key("dtype").text(16)
+    if dtype not in ITEM_BYTES:
         field.key("dtype").fail(f"one of {sorted(ITEM_BYTES)}")
     shape = tuple(item.integer(1, 1 << 24) for item in field.key("block_shape").items())
     if math.prod(shape) > 1 << 30:
         field.key("block_shape").fail("a block of at most 2^30 elements")
-    return StateSpec(field.key("name").text(), field.key("dtype").value, shape)
+    return StateSpec(field.key("name").text(), dtype, shape)
 
 
 def _buffer(field: Field, sizes: Mapping[str, int], states: int) -> Buffer:

@@ -53,11 +53,10 @@ def check_machine(manifest: Manifest, machine: str, libc: str | None) -> None:
     if manifest.glibc is None:
         return
     needed = ".".join(map(str, manifest.glibc))
-    family, _, version = (libc or "an unknown C library").partition(" ")
+    family, _, version = (libc or "").partition(" ")
     if family != "glibc":
-        raise ModelError(
-            f"the package {manifest.name!r} needs glibc {needed} or newer, this system has {libc or family}"
-        )
+        found = libc or "another C library"
+        raise ModelError(f"the package {manifest.name!r} needs glibc {needed} or newer, this system has {found}")
     parts = tuple(int(p) for p in version.split(".") if p.isdigit())
     if parts < manifest.glibc:
         raise ModelError(f"the package {manifest.name!r} needs glibc {needed} or newer, this system has {version}")

@@ -10,11 +10,13 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 from .errors import ModelError
 from .template_limits import MAX_LENGTH, MAX_TEMPLATE, Budget, TemplateLimit
 
+_SAFE_JINJA2 = (3, 1, 6)
 _NO_FILTERS = ("center", "filesizeformat", "pprint", "urlize", "wordwrap", "xmlattr")
 _NO_METHODS = {"center", "expandtabs", "ljust", "rjust", "translate", "zfill", "encode", "decode"}
 
@@ -32,6 +34,12 @@ class Template:
             raise ModelError(
                 "chat needs the package jinja2: install it, or use generate with the text itself"
             ) from error
+        found = tuple(int(part) for part in metadata.version("jinja2").split(".")[:3] if part.isdigit())
+        if found < _SAFE_JINJA2:
+            needed = ".".join(map(str, _SAFE_JINJA2))
+            raise ModelError(
+                f"chat needs jinja2 {needed} or newer: the sandbox of {metadata.version('jinja2')} has holes"
+            )
         if len(source) > MAX_TEMPLATE:
             raise ModelError(f"the chat template has {len(source)} characters, expected at most {MAX_TEMPLATE}")
         self._error = jinja2.TemplateError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -85,8 +86,10 @@ def read_checks(document: Field, vocab_size: int, longest: int) -> tuple[list[Ca
             token, logit = pair.items(2)
             top.append((token.integer(0, vocab_size - 1), logit.number()))
         token_ids = tuple(_token_ids(field.key("token_ids"), vocab_size))
-        if not top or not 0 < len(token_ids) <= longest:
-            field.fail(f"from 1 to {longest} token ids, and logits")
+        if not 0 < len(token_ids) <= longest:
+            field.key("token_ids").fail(f"from 1 to {longest} token ids")
+        if not top or any(a[1] < b[1] for a, b in itertools.pairwise(top)):
+            field.key("top").fail("logits with their tokens, the largest first")
         greedy = field.optional("greedy")
         continuation = tuple(_token_ids(greedy, vocab_size))[: longest - len(token_ids)] if greedy else ()
         cases.append(Case(token_ids, tuple(top), field.key("max_abs").number(), continuation))

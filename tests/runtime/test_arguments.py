@@ -89,9 +89,8 @@ def test_a_bad_prompt_among_good_ones_is_found_first() -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     model = tiny()
-    found = model.generate(
-        np.array([1, 2], np.int64), np.int32(3), temperature=np.float32(0.5), top_k=np.int64(4), seed=np.uint64(9)
-    )
+    numbers: dict[str, Any] = {"max_new_tokens": np.int32(3), "temperature": np.float32(0.5), "seed": np.uint64(9)}
+    found = model.generate(np.array([1, 2], np.int64), top_k=np.int64(4), **numbers)
     assert found.token_ids == model.generate([1, 2], 3, temperature=0.5, top_k=4, seed=9).token_ids
 
 

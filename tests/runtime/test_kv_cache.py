@@ -97,7 +97,7 @@ class Tables(RuleBasedStateMachine):
         assert self.manager.references.tolist() == [held[b] for b in range(BLOCKS)]
         assert self.manager.num_free == BLOCKS - len(held)
         assert self.manager.promised == sum(table.promised for table, _ in self.tables)
-        assert 0 <= self.manager.num_available
+        assert self.manager.num_available >= 0
 
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:

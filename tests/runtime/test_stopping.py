@@ -12,7 +12,7 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The definition: grow the text letter by letter until it ends with a stop string; the longest that it ends with."""
+    """The definition: grow the text by letters until it ends with a stop string; of several, the longest."""
     for end in range(len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:

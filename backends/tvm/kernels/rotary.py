@@ -8,7 +8,7 @@ import struct
 from tvm import tirx
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.vector import f32, intrinsic, let, share, specialised
+from llmc.backends.tvm.kernels.vector import intrinsic, let, share, specialised
 
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it leaves the nearest integer in the low mantissa bits
 _HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
@@ -17,7 +17,7 @@ _HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 def rotary_table(symbol, isa, *, rot_dim, attention_scaling=1.0):
     """positions i32 [tokens], inv_freq f32 [rot_dim / 2], cos and sin f32 [tokens, rot_dim / 2].
 
-    The angle is position · inv_freq rounded to float32, as frameworks take it; cos and sin of it are correct to 6e-8.
+    The angle is position · inv_freq rounded to float32, as frameworks take it; cos and sin of it are correctly rounded but for rare ties.
     """
     return _table(symbol, rot_dim, attention_scaling, lambda F, position, i: F[i], fixed=True)
 
@@ -75,8 +75,8 @@ def _table(symbol, rot_dim, attention_scaling, frequency, fixed):
                 sine: T.let = T.Select(odd, c, s) * T.Select(
                     T.bitwise_and(quadrant, T.int64(2)) != T.int64(0), f64(-1.0), f64(1.0)
                 )
-                C[(first + t) * half + i] = T.Cast("float32", cosine) * f32(attention_scaling)
-                S[(first + t) * half + i] = T.Cast("float32", sine) * f32(attention_scaling)
+                C[(first + t) * half + i] = T.Cast("float32", cosine * f64(attention_scaling))
+                S[(first + t) * half + i] = T.Cast("float32", sine * f64(attention_scaling))
 
     return specialised(kernel, symbol, {"inv_freq": fixed})
 

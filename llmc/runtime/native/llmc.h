@@ -1,4 +1,8 @@
-// The native part of a package: a thread pool, and the walk over a step's launches. Bound by runtime/native.py.
+/* The native half of a package: a thread pool, and the walker of a step's kernels.
+ *
+ * Linked with a package's kernels into one shared library, which Python binds with ctypes. There is no global state and
+ * nothing runs at load: everything belongs to a pool, so copies of this library in one process do not meet.
+ */
 #ifndef LLMC_H
 #define LLMC_H
 
@@ -6,33 +10,38 @@
 
 #define LLMC_EXPORT __attribute__((visibility("default")))
 
-// One kernel run: args[first_arg .. first_arg + arg_count) are its pointers. With `barrier`, no task goes on to the next
-// launch before all have finished this one.
+/* One kernel run: which one, its `arg_count` pointers from args[first_arg] on, and whether all tasks wait after it. */
 typedef struct {
   int32_t kernel, arg_count, first_arg, barrier;
 } Launch;
 
-typedef struct Pool Pool;
+enum { LLMC_MAX_ARGS = 24, LLMC_MAX_THREADS = 512 };
 
-// What a thread does inside a parallel region: share `task` of `tasks`.
-typedef void (*Job)(Pool *pool, int task, int tasks, void *data);
+/* A pool of `threads` threads, the caller of a step being the first; threads <= 0: as many as the process may use.
+ * Fewer when the system refuses them (see llmc_pool_threads). NULL: no memory. Threads are pinned nowhere. */
+LLMC_EXPORT void *llmc_pool_create(int threads);
 
-// threads <= 0: as many as the process may use (affinity and cgroup quota). NULL when threads cannot be started.
-LLMC_EXPORT Pool *llmc_pool_create(int threads);
-LLMC_EXPORT void llmc_pool_destroy(Pool *pool);
-LLMC_EXPORT int llmc_pool_threads(const Pool *pool);
+/* Ends the threads. In a process forked from the one that made the pool there are none to end. */
+LLMC_EXPORT void llmc_pool_destroy(void *pool);
 
-// Runs the launches in one parallel region. `dims` are the step's sizes, `nanoseconds` (or NULL) receives each launch's
-// time, its barrier included. 0, or -1 when a launch is malformed.
-LLMC_EXPORT int llmc_step(Pool *pool, const Launch *launches, int32_t count, void *const *kernels, void *const *args,
+LLMC_EXPORT int llmc_pool_threads(void *pool);
+
+/* How many threads a process may use well: one for each core of its affinity, cut to its cgroup's CPU quota, at least 1.
+ * `root` goes before /proc and /sys; "" outside tests. */
+LLMC_EXPORT int llmc_available_threads(const char *root);
+
+/* Runs launches 0..count in order; `dims` goes to every kernel. `nanoseconds` is NULL, or gets the time of each launch
+ * including its barrier. Calls on one pool take turns. Returns 0; 1: a launch has too many arguments; nothing has run. */
+LLMC_EXPORT int llmc_step(void *pool, const Launch *launches, int32_t count, void *const *kernels, void *const *args,
                           const int32_t *dims, uint64_t *nanoseconds);
-LLMC_EXPORT void llmc_copy(Pool *pool, void *destination, const void *source, uint64_t bytes);
-LLMC_EXPORT double llmc_read_bandwidth(Pool *pool, const void *data, uint64_t bytes);
-LLMC_EXPORT const char *llmc_build(void);
 
-// Inside the library: run a job on all threads, the caller being task 0; wait for all tasks of a running job.
-int pool_run(Pool *pool, Job job, void *data);
-void pool_barrier(Pool *pool);
-uint64_t now_nanoseconds(void);
+/* memcpy by all threads. */
+LLMC_EXPORT void llmc_copy(void *pool, void *destination, const void *source, uint64_t bytes);
+
+/* Bytes per second at which all threads together read `data` once. */
+LLMC_EXPORT double llmc_read_bandwidth(void *pool, const void *data, uint64_t bytes);
+
+/* "llmc-native <version of this interface> <instruction set>" */
+LLMC_EXPORT const char *llmc_build(void);
 
 #endif

@@ -8,17 +8,23 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include "llmc_native.h"
+#include "llmc.h"
 #include "sync.h"
 
 /* These moved into libc.so with a new version name in glibc 2.34; bound by the old name the library loads on 2.28. */
 #if defined(__GLIBC__) && defined(__x86_64__)
-__asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
-__asm__(".symver pthread_join, pthread_join@GLIBC_2.2.5");
+#define OLD_GLIBC "GLIBC_2.2.5"
 #elif defined(__GLIBC__) && defined(__aarch64__)
-__asm__(".symver pthread_create, pthread_create@GLIBC_2.17");
-__asm__(".symver pthread_join, pthread_join@GLIBC_2.17");
+#define OLD_GLIBC "GLIBC_2.17"
 #endif
+#ifdef OLD_GLIBC
+__asm__(".symver pthread_create, pthread_create@" OLD_GLIBC);
+__asm__(".symver pthread_join, pthread_join@" OLD_GLIBC);
+__asm__(".symver pthread_attr_setstacksize, pthread_attr_setstacksize@" OLD_GLIBC);
+#endif
+
+/* Kernels keep their scratch on the stack; a host's `ulimit -s` is no reason to run out of it. */
+enum { STACK_BYTES = 8 << 20 };
 
 /* How long a thread spins before it sleeps. Between two steps Python samples and prepares the next one; inside a step
  * the others are at most a kernel behind. */
@@ -96,12 +102,16 @@ static void start_workers(Pool *pool, int wanted) {
   sigset_t all, before;
   sigfillset(&all);
   sigprocmask(SIG_SETMASK, &all, &before);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, STACK_BYTES);
   pool->first_generation = atomic_load(&pool->generation.value);
   int started = 1;
   for (; started < wanted; started++) {
     pool->places[started] = (struct Worker){pool, started};
-    if (pthread_create(&pool->workers[started], NULL, work, &pool->places[started])) break;
+    if (pthread_create(&pool->workers[started], &attributes, work, &pool->places[started])) break;
   }
+  pthread_attr_destroy(&attributes);
   sigprocmask(SIG_SETMASK, &before, NULL);
   /* Workers read these only after the first job's signal. */
   pool->threads = started;

@@ -1,6 +1,6 @@
 #include <stddef.h>
 
-#include "llmc_native.h"
+#include "llmc.h"
 #include "pool.h"
 #include "sync.h"
 

@@ -1,7 +1,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "llmc_native.h"
+#include "llmc.h"
 #include "pool.h"
 #include "sync.h"
 

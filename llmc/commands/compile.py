@@ -1,0 +1,55 @@
+"""`llmc compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmc.commands.common import Json, Model, error_console, print_json
+from llmc.driver import compile_model
+from llmc.options import CompileOptions
+from llmc.report.ledger import print_compile_report
+
+EXAMPLE = "llmc compile examples/picocode -o picocode"
+
+
+def command(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The package's folder.")],
+    name: Annotated[str | None, typer.Option(help="Import name; the folder's name by default.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a package that is there.")] = False,
+    wheel: Annotated[bool, typer.Option("--wheel", help="Also put a wheel beside the package.")] = False,
+    target: Annotated[
+        str, typer.Option(help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4.")
+    ] = "cpu",
+    quant: Annotated[str, typer.Option(help="Weight format: none keeps the checkpoint's dtype.")] = "none",
+    kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32.")] = None,
+    architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="For timing and analysis.")] = False,
+    dump_ir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the graph after every pass.")] = None,
+    check_numerics: Annotated[bool, typer.Option("--check-numerics", help="Interpret before and after passes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into a standalone package."""
+    options = CompileOptions(
+        target=target,
+        name=name,
+        quant=quant,
+        kv_quant=kv_quant,
+        architecture=architecture,
+        max_sequence_length=max_sequence_length,
+        random_weights=random_weights,
+        force=force,
+        wheel=wheel,
+        dump_ir=dump_ir,
+        check_numerics=check_numerics,
+    )
+    if error_console.is_terminal and not as_json:
+        with error_console.status("starting") as status:
+            report = compile_model(model, output, options, lambda phase: status.update(f"{phase} …"))
+    else:
+        report = compile_model(model, output, options)
+    print_json(report.as_json()) if as_json else print_compile_report(report)

@@ -1,0 +1,148 @@
+"""manifest.json and plan.json are hostile data: whatever they hold, a clear ModelError or a plan within its bounds."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.runtime.document import Field, parse_document
+from llmc.runtime.errors import ModelError
+from llmc.runtime.manifest import read_manifest
+from llmc.runtime.plan import parse_plan
+from tests.runtime.packages import manifest, plan
+
+WEIGHTS = 8192
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 70), 1 << 70),
+    st.sampled_from([-1, 0, 1, 63, 64, 1 << 31, 1 << 62, 10**400]),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(["..", "../x", "/x", "a//b", "a/./b", "\\", "", "x\x00", "\ud800"]),
+    st.lists(st.integers(-1, 3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+def places(document: Any) -> list[tuple[Any, ...]]:
+    """The path of every value in a document."""
+    children = document.items() if isinstance(document, dict) else enumerate(document)
+    found = []
+    for key, value in children:
+        found.append((key,))
+        if isinstance(value, dict | list):
+            found += [(key, *rest) for rest in places(value)]
+    return found
+
+
+def changed(document: Any, place: tuple[Any, ...], value: Any, remove: bool) -> Any:
+    """A copy of a document with one value replaced or removed."""
+    result = copy.deepcopy(document)
+    parent = result
+    for key in place[:-1]:
+        parent = parent[key]
+    if remove:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    return result
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_a_plan_with_anything_in_it(data: st.DataObject) -> None:
+    document = plan()
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.sampled_from(places(document)))
+        document = changed(document, place, data.draw(VALUES), data.draw(st.booleans()))
+    try:
+        read = parse_plan(Field(document, "plan.json"), WEIGHTS)
+    except ModelError as error:
+        assert str(error).startswith("plan.json")
+        return
+    sizes = {"arena": read.arena_bytes, "param": WEIGHTS}
+    for buffer in read.buffers:
+        assert buffer.kind not in sizes or 0 <= buffer.offset <= buffer.offset + buffer.bytes <= sizes[buffer.kind]
+        assert buffer.offset % 64 == 0 and buffer.index in range(max(1, len(read.states)))
+    for entry in read.entries.values():
+        assert 1 <= entry.tokens[0] <= entry.tokens[1] <= read.limits.tokens
+        for launch in entry.launches:
+            assert launch.kernel in range(len(read.kernels))
+            assert all(arg in range(len(read.buffers)) for arg in launch.args)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_manifest_with_anything_in_it(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    file = {"sha256": "0" * 64, "bytes": 1}
+    document = {**manifest("x"), "files": {"kernels-any.so": file, "weights.bin": dict(file), "plan.json": dict(file)}}
+    place = data.draw(st.sampled_from(places(document)))
+    document = changed(document, place, data.draw(VALUES), data.draw(st.booleans()))
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "manifest.json").write_text(json.dumps(document))
+    try:
+        read = read_manifest(folder)
+    except ModelError as error:
+        assert "manifest.json" in str(error)
+        return
+    assert all(v.weights in read.files and v.kernels in read.files for v in read.variants)
+    assert all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in read.files)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=40) | st.text(alphabet='{}[]",:0123456789eE-.NaInfty \\u', max_size=40).map(str.encode))
+def test_bytes_that_are_anything(data: bytes) -> None:
+    try:
+        assert isinstance(parse_document(data, "x.json").object(), dict)
+    except ModelError as error:
+        assert str(error).startswith("x.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1, "a": 2}', "an object has a key twice"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": Infinity}', "Infinity is no JSON number"),
+        (b"\xff", "is no JSON"),
+        (b"[1]", "expected an object"),
+        (b'{"a":' + b"[" * 100_000, "is no JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is no JSON"),
+    ],
+)
+def test_json_that_is_not_strict(data: bytes, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parse_document(data, "x.json")
+
+
+def test_messages_name_file_place_and_expectation() -> None:
+    document = plan()
+    document["buffers"][7]["offset"] = 1 << 40
+    with pytest.raises(ModelError) as caught:
+        parse_plan(Field(document, "plan.json"), WEIGHTS)
+    assert str(caught.value) == (
+        "plan.json: buffers[7].offset: expected an integer from 0 to 1536, found 1099511627776; "
+        "the package is damaged, compile it again"
+    )
+
+
+@pytest.mark.parametrize("entry", ["decode", "prefill"])
+def test_an_entry_that_is_missing(entry: str) -> None:
+    document = plan()
+    del document["entries"][entry]
+    with pytest.raises(ModelError, match=f"an entry point '{entry}'"):
+        parse_plan(Field(document, "plan.json"), WEIGHTS)
+
+
+def test_an_output_that_nothing_writes() -> None:
+    document = plan()
+    document["entries"]["decode"]["launches"].pop()
+    with pytest.raises(ModelError, match="a launch that writes the output 'logits'"):
+        parse_plan(Field(document, "plan.json"), WEIGHTS)
