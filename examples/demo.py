@@ -34,7 +34,8 @@ def main() -> None:
     for arguments in (
         ["compile", "examples/picocode", "-o", "out/picocode", "--force"],
         ["run", "out/picocode", "-p", PROMPT, "-n", "48"],
-        ["verify", "out/picocode"],
+        ["verify", "out/picocode", "--against", "examples/picocode"],
+        ["bench", "out/picocode", "--prefill", "256", "--decode", "128"],
     ):
         run(shlex.join(["llmc", *arguments]), [LLMC, *arguments])
     run(f"cd out && python - <<'END'{IMPORT}END", [sys.executable, "-c", IMPORT], REPOSITORY / "out")

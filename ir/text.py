@@ -271,7 +271,7 @@ def _check_attributes(kind: type[Op], given: Mapping[str, Any]) -> None:
     for f in fields(kind):  # type: ignore[arg-type]
         accepted = _KINDS.get(str(f.type))
         if f.name in given and accepted is not None and not accepted(given[f.name]):
-            raise ParseError(f"{kind.name}: {f.name} must be of kind {f.type}, given {given[f.name]!r}")
+            raise ParseError(f"{f.name} must be of kind {f.type}, given {given[f.name]!r}")
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {

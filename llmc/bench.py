@@ -25,6 +25,7 @@ class BenchReport:
     decode: int
     depth: int
     batch: int
+    load_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     decode_bytes_per_step: int
@@ -43,6 +44,7 @@ class BenchReport:
     def __str__(self) -> str:
         return (
             f"{self.package}, {self.threads} threads, batch {self.batch}, decode at depth {self.depth + self.prefill}\n"
+            f"load    {self.load_seconds * 1e3:>13.0f} ms\n"
             f"prefill {self.prefill:>6} tokens  {self.prefill_tokens_per_second:>10.1f} tokens/s\n"
             f"decode  {self.decode:>6} tokens  {self.decode_tokens_per_second:>10.1f} tokens/s"
             f"  {self.decode_bandwidth / 1e9:.1f} GB/s of {self.read_bandwidth / 1e9:.1f} read ({self.share:.0%})"
@@ -57,7 +59,9 @@ def bench_package(
     A probe of read bandwidth over the weights stands before and after every decode. Raises `LlmcError` when the
     context or the batch is larger than the package was compiled for.
     """
+    start = time.perf_counter()
     model = open_package(folder).load(threads=threads)
+    load_seconds = time.perf_counter() - start
     engine, limit = model.sequence().engine, model.info["model"]["max_sequence_length"]
     if depth + prefill + decode > limit:
         raise LlmcError(
@@ -82,6 +86,7 @@ def bench_package(
         decode=decode,
         depth=depth,
         batch=batch,
+        load_seconds=load_seconds,
         prefill_tokens_per_second=prefill / prefill_seconds,
         decode_tokens_per_second=decode * batch / decode_seconds,
         decode_bytes_per_step=moved,

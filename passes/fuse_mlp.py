@@ -90,7 +90,7 @@ def _half(value: Value) -> _Half | None:
         activation = _NAMES[type(value.op)]
         nodes.append(value.node)
         (value,) = value.node.inputs
-    start, stop = 0, value.type.shape[-1]
+    start, stop = 0, value.type.shape[-1] if value.type.shape else None
     if isinstance(value.op, Slice) and value.op.axis == 1 and value.op.step == 1:
         start, stop = value.op.start, value.op.stop
         nodes.append(value.node)

@@ -47,8 +47,10 @@ def command(
         else:
             typer.echo(completion.text)
         return
-    typer.echo(prompt, nl=False)
-    for piece in model.stream(prompt, **sampling):
+    pieces = model.stream(prompt, **sampling)
+    first = next(pieces, "")  # before anything is printed: this is where a bad argument is refused
+    typer.echo(f"{prompt}{first}", nl=False)
+    for piece in pieces:
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()

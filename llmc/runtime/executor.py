@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -14,7 +15,7 @@ from .batch import Batch, StepOutput
 from .errors import ModelError
 from .memory import allocate, copy_to_huge_pages, map_file, reserve
 from .native import LAUNCH, NativeLibrary
-from .plan import INPUTS, Buffer, Entry, Plan
+from .plan import INPUTS, Buffer, Entry, Launch, Plan
 from .timings import Profile
 
 _MAX_STATE_ELEMENTS = 1 << 31
@@ -91,14 +92,14 @@ class NativeExecutor:
                 self.library.step(
                     launches[i:].ctypes.data, 1, self._kernels.ctypes.data, args.ctypes.data, self._dims.ctypes.data, 0
                 )
-                buffers = [self.plan.buffers[number] for number in launch.args]
-                yield lambda place, dtype, shape, buffers=buffers: self._read(buffers[place], dtype, shape)
+                yield partial(self._read, launch)
 
-    def _read(self, buffer: Buffer, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-        """A copy of what a buffer holds."""
+    def _read(self, launch: Launch, place: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        """A copy of what a launch's argument points to."""
+        buffer = self.plan.buffers[launch.args[place]]
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = self._memory(buffer)[buffer.offset : buffer.offset + size]
-        return memory.view(dtype).reshape(shape).copy()
+        memory: NDArray[Any] = self._memory(buffer)[buffer.offset : buffer.offset + size].view(dtype)
+        return memory.reshape(shape).copy()
 
     def _take(self, batch: Batch) -> None:
         """Put a batch's inputs where the kernels read them."""
@@ -154,9 +155,10 @@ def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[int, list[NDArra
     """The number of blocks, and each state as u8[num_blocks, block bytes]."""
     elements = max((int(np.prod(state.block_shape)) for state in plan.states), default=1)
     blocks = min(plan.limits.sequences * sequence_blocks, (_MAX_STATE_ELEMENTS - 1) // elements)
-    while blocks // 2 >= sequence_blocks and (states := _reserve_blocks(plan, blocks)) is None:
-        blocks //= 2
     states = _reserve_blocks(plan, blocks)
+    while states is None and blocks // 2 >= sequence_blocks:
+        blocks //= 2
+        states = _reserve_blocks(plan, blocks)
     if states is None:
         need = blocks * sum(state.block_bytes for state in plan.states)
         raise ModelError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 from .errors import ModelError
@@ -29,6 +28,8 @@ class Template:
 
     def __init__(self, source: str) -> None:
         try:
+            from importlib import metadata  # not at the top: it takes longer to import than all of the runtime
+
             import jinja2
         except ImportError as error:
             raise ModelError(

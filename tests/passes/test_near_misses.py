@@ -16,6 +16,7 @@ from llmc.ir.ops.rope import Rope
 from llmc.ir.types import DType, symbol
 from llmc.ir.verify import verify
 from llmc.passes.base import PassContext
+from llmc.passes.observe import NumericsCheck
 from llmc.passes.pipelines import read_pipeline
 from tests.passes.graphs import F32, Model, counts
 
@@ -254,7 +255,34 @@ def test_gates() -> None:
         assert reason in reasons, reason
 
 
-def appended(b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: bool = True) -> Graph:
+@pytest.mark.parametrize("rest", ["other head", "other place"])
+def test_a_rest_that_is_not_the_head_s_own(rest: str) -> None:
+    b = Model()
+    x, other = (b.input(n, F32, (b.tokens, 12)) for n in ("x", "other"))
+    whole = b.primitive(Rope(2, 6, 4), x, *b.table(4))
+    turned, heads = whole.node.inputs[0].node.inputs[:2], b.reshape(x, shape=(b.tokens, 2, 6))
+    if rest == "other head":
+        tail = b.slice(b.reshape(other, shape=(b.tokens, 2, 6)), axis=2, start=4, stop=6)
+    else:
+        tail = b.slice(heads, axis=2, start=0, stop=2)
+    context = PassContext()
+    read_pipeline("fuse-rope").run(b.graph({"out": b.concat(*turned, tail, axis=2)}), context)
+    assert context.counts["rope-part"] == 0
+    assert "what follows the 4 rotated elements is not the head's rest" in str(context.refusals["rope-part"][0])
+
+
+def test_tables_of_two_factors_keep_them() -> None:
+    """Only a factor that both tables share becomes an attribute."""
+    b = Model()
+    angles = b.mul(b.reshape(b.cast(b.positions, dtype=F32), shape=(b.tokens, 1)), b.constant([[1.0, 0.5]], F32))
+    tables = {"cos": b.mul_scalar(b.cos(angles), value=2.0), "sin": b.mul_scalar(b.sin(angles), value=3.0)}
+    after = read_pipeline("fuse-rope").run(b.graph(tables), observer=NumericsCheck())
+    assert counts(after) == {"rotary_table": 1, "mul_scalar": 2}
+
+
+def appended(
+    b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: bool = True, other_table: bool = False
+) -> Graph:
     """A joint projection of 2 query heads, 1 key and 1 value head of width 4, rotated and appended."""
     t = b.tokens
     qkv = b.input("qkv", F32, (t, 16))
@@ -262,7 +290,7 @@ def appended(b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: 
     cos, sin = (b.input(n, F32, (t, 2)) for n in ("cos", "sin"))
     q, k, v = (b.slice(qkv, axis=1, start=i, stop=j) for i, j in ((0, queries), (key_start, key_start + 4), (12, 16)))
     if rotate_queries:
-        q = b.rope(q, cos, sin, num_heads=queries // 4, head_dim=4, rotary_dim=4)
+        q = b.rope(q, sin if other_table else cos, sin, num_heads=queries // 4, head_dim=4, rotary_dim=4)
     k = b.rope(k, cos, sin, num_heads=1, head_dim=4, rotary_dim=4)
     blocks = symbol("num_blocks")
     key = b.state(State("key", "paged_kv", F32, (blocks, 1, 4, 16)))
@@ -274,6 +302,7 @@ def appended(b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"other_table": True}, "queries are not rotated as keys are"),
         ({"rotate_queries": False}, "queries are not rotated as keys are"),
         ({"key_start": 4}, "do not follow each other in one projection"),
         ({"queries": 4}, "want one slice of the 8 query columns, found 0"),

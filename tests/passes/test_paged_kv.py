@@ -15,6 +15,7 @@ from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Value
 from llmc.ir.ops.attention import Attention
 from llmc.ir.types import DType, TensorType, symbol
+from llmc.ir.verify import verify
 from llmc.passes.base import PassContext
 from llmc.passes.observe import with_wide_states
 from llmc.passes.paged_kv import PagedKv
@@ -106,6 +107,16 @@ def test_rows_are_gathered_before_the_head() -> None:
     (gather,) = [n for n in graph.nodes if n.op.name == "gather_rows"]
     assert [n.op.name for n, _ in graph.uses[gather.results[0]]] == ["linear"]
     assert gather.inputs[0].op.name == "add_rms_norm"
+
+
+def test_rows_are_gathered_through_an_operand_in_any_place() -> None:
+    """The operand that carries tokens is the second one here."""
+    b = Model()
+    logits = b.mul(b.weight(8), b.sub(b.weight(8, name="shift"), embedded(b)))
+    after = PagedKv().run(b.graph({"logits": logits}), PassContext())
+    (gather,) = [n for n in after.nodes if n.op.name == "gather_rows"]
+    assert gather.inputs[0].op.name == "embedding"
+    verify(after)
 
 
 def test_places_that_are_shared_are_numbered() -> None:

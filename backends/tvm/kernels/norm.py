@@ -95,13 +95,16 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
             if centred:
                 total(source, row, lambda a, v: a + v, S)
                 mean: T.let = S[0] / f32(hidden)
-                total(source, row, lambda a, v: _add_square(a, v, mean), S)
+                # A mean far from zero loses digits that the deviations have: their own mean is what it lacks.
+                total(source, row, lambda a, v: a + (v - splat(mean, lanes_of(v))), S)
+                rest: T.let = S[0] / f32(hidden)
+                total(source, row, lambda a, v: _add_square(a, _deviation(v, mean, rest)), S)
                 inverse: T.let = f32(1.0) / square_root(S[0] / f32(hidden) + f32(eps))
                 for c in T.serial(vectors):
-                    v: T.let = (load(source, row + c * L, L) - splat(mean, L)) * splat(inverse, L)
+                    v: T.let = _deviation(load(source, row + c * L, L), mean, rest) * splat(inverse, L)
                     Y[at(row + c * L, L)] = _affine(v, W, B if bias else None, c * L, L)
                 for c in T.serial(tail):
-                    v: T.let = (source[row + done + c] - mean) * inverse
+                    v: T.let = _deviation(source[row + done + c], mean, rest) * inverse
                     Y[row + done + c] = _affine(v, W, B if bias else None, done + c, 1)
             else:
                 total(source, row, lambda a, v: fma(v, v, a), S)
@@ -114,9 +117,13 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
     return specialised(kernel, symbol, {"r": add, "h": add, "b": bias})
 
 
-def _add_square(total, v, mean):
+def _deviation(v, mean, rest):
     lanes = lanes_of(v)
-    d = let(v - splat(mean, lanes))
+    return (v - splat(mean, lanes)) - splat(rest, lanes)
+
+
+def _add_square(total, d):
+    d = let(d)
     return fma(d, d, total)
 
 
