@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import keyword
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -96,7 +95,7 @@ class PackageWriter:
         digest, end = hashlib.sha256(), 0
         with self._path(name).open("wb") as file:
             for tensor, evaluate in tensors:
-                data = memoryview(np.ascontiguousarray(evaluate()).reshape(-1).view(np.uint8))
+                data = np.ascontiguousarray(evaluate()).reshape(-1).view(np.uint8).data
                 padding = bytes(-end % ALIGNMENT)
                 for part in (padding, data):
                     file.write(part)
@@ -115,8 +114,8 @@ class PackageWriter:
         if self.destination.exists():
             self._check_replaceable()
             old = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.old.", dir=self.destination.parent))
-            os.replace(self.destination, old)
-        os.replace(self.folder, self.destination)
+            self.destination.replace(old)
+        self.folder.replace(self.destination)
         self.folder = None
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
@@ -135,7 +134,9 @@ class PackageWriter:
         if self.destination.is_symlink() or not self.destination.is_dir():
             raise LlmcError(f"{self.destination} is not a folder; --force replaces packages only")
         if not package and any(self.destination.iterdir()):
-            raise LlmcError(f"{self.destination} holds something that is no llmc package; --force replaces packages only")
+            raise LlmcError(
+                f"{self.destination} holds something that is no llmc package; --force replaces packages only"
+            )
 
     def _write_error(self, error: OSError) -> LlmcError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

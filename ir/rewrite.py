@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from llmc.ir.graph import Graph, Leaf, remake
 from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple
@@ -157,6 +157,10 @@ def trace(function: Callable[..., Any], names: Sequence[str]) -> Pattern:
     return Pattern(holes, results, frozenset(inner))
 
 
+Plan: TypeAlias = Sequence[tuple[Rule, Match]]
+"""Matches that do not overlap, in the order of their roots."""
+
+
 @dataclass
 class Budget:
     """How many rewrites may still happen (for bisection); None is no limit."""
@@ -170,10 +174,16 @@ class Budget:
 
     def take(self) -> bool:
         """Use one; False when none is left."""
-        if self.remaining is None:
-            return True
-        self.remaining -= 1
-        return self.remaining >= 0
+        if self.spent:
+            return False
+        if self.remaining is not None:
+            self.remaining -= 1
+        return True
+
+    def give_back(self, count: int) -> None:
+        """Return what was taken and not used."""
+        if self.remaining is not None:
+            self.remaining += count
 
 
 @dataclass
@@ -194,13 +204,16 @@ def rewrite(graph: Graph, rules: Sequence[Rule], budget: Budget | None = None) -
         plan = _plan(done.graph, rules, budget, done)
         if not plan:
             break
-        done.graph = _apply(done.graph, plan)
+        done.graph, applied = _apply(done.graph, plan)
+        budget.give_back(len(plan) - len(applied))
+        for rule, _ in applied:
+            done.counts[rule.title()] += 1
     for reasons in done.refusals.values():
         reasons.sort(key=lambda n: -n.depth)
     return done
 
 
-def _plan(graph: Graph, rules: Sequence[Rule], budget: Budget, done: Rewritten) -> list[tuple[Rule, Match]]:
+def _plan(graph: Graph, rules: Sequence[Rule], budget: Budget, done: Rewritten) -> Plan:
     plan: list[tuple[Rule, Match]] = []
     claimed: set[Node] = set()
     order = {n: i for i, n in enumerate(graph.nodes)}
@@ -220,7 +233,6 @@ def _plan(graph: Graph, rules: Sequence[Rule], budget: Budget, done: Rewritten) 
                         return plan
                     claimed |= found.nodes
                     plan.append((rule, found))
-                    done.counts[rule.title()] += 1
                     break
                 found = refusal
             done.refusals[rule.title()].append(found)
@@ -254,8 +266,11 @@ def _illegal(match: Match, graph: Graph, order: Mapping[Node, int]) -> NoMatch |
     return None
 
 
-def _apply(graph: Graph, plan: Sequence[tuple[Rule, Match]]) -> Graph:
-    """Rebuild with every planned match replaced; an item is a node or a whole match, ordered by what it needs."""
+def _apply(graph: Graph, plan: Plan) -> tuple[Graph, Plan]:
+    """Rebuild with the planned matches replaced; an item is a node or a whole match, ordered by what it needs.
+
+    Gives the graph and the part of the plan that was carried out: two matches may each need what the other replaces.
+    """
     owner: dict[Value, int] = {v: i for i, (_, m) in enumerate(plan) for v in m.replaced}
     new: dict[Value, Value] = {}
     expanding: set[Node | int] = set()
@@ -299,14 +314,9 @@ def _apply(graph: Graph, plan: Sequence[tuple[Rule, Match]]) -> Graph:
             else:
                 expanding.add(current)
                 stack.append(pending)
-    return Graph(
-        graph.name,
-        graph.inputs,
-        graph.params,
-        graph.states,
-        tuple((name, new.get(v, v)) for name, v in graph.outputs),
-        tuple(new.get(v, v) for v in graph.next_states),
-    )
+    outputs = tuple((name, new.get(v, v)) for name, v in graph.outputs)
+    following = tuple(new.get(v, v) for v in graph.next_states)
+    return Graph(graph.name, graph.inputs, graph.params, graph.states, outputs, following), plan
 
 
 class _Tracer(Emitter):

@@ -130,7 +130,12 @@ class _Parser:
     def _line(self, number: int, line: str) -> None:
         if found := _SYMBOL.fullmatch(line):
             name, low, high, multiple = found.groups()
-            made = symbol(name, int(low), int(high) if high else None, int(multiple or 1))
+            if name in self.evaluator.symbols:
+                raise self._error(number, line, f"each symbol once; {name!r} is declared twice")
+            try:
+                made = symbol(name, int(low), int(high) if high else None, int(multiple or 1))
+            except LlmcError as error:
+                raise ParseError(f"line {number}: {error}") from None
             self.evaluator.symbols[name] = made
         elif found := _NEXT.fullmatch(line):
             if found.group(1) not in self.leaves["state"]:

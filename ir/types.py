@@ -132,15 +132,14 @@ class Linear:
             raise LlmcError(f"dimensions are divided by positive integers only: {self} // {divisor}")
         if divisor == 1:
             return self
-        exact = {a: c for a, c in self.terms if c % divisor == 0}
-        rest = {a: c for a, c in self.terms if a not in exact}
-        whole, remainder = divmod(self.constant, divisor)
-        quotient = _linear({a: c // divisor for a, c in exact.items()}, whole)
+        quotient = _linear({a: c // divisor for a, c in self.terms}, self.constant // divisor)
+        rest = {a: c % divisor for a, c in self.terms if c % divisor}
         if not rest:
             return quotient
-        inner = _linear(rest, remainder)
+        common = math.gcd(divisor, *rest.values())
+        inner = _linear({a: c // common for a, c in rest.items()}, self.constant % divisor // common)
         assert isinstance(inner, Linear)
-        return _sum(quotient, Linear(((FloorDiv(inner, divisor), 1),)), 1)
+        return _sum(quotient, _floor(inner, divisor // common), 1)
 
     def __str__(self) -> str:
         parts = []
@@ -279,6 +278,14 @@ def product(shape: Shape) -> tuple[int, tuple[str, ...]]:
         else:
             symbolic.append(str(dim))
     return factor, tuple(sorted(symbolic))
+
+
+def _floor(numerator: Linear, divisor: int) -> Dim:
+    """`numerator // divisor`, whose coefficients are already below the divisor; (n // d + k) // e is one division."""
+    atom, coefficient = numerator.terms[0]
+    if len(numerator.terms) == 1 and coefficient == 1 and isinstance(atom, FloorDiv):
+        return (atom.numerator + numerator.constant * atom.divisor) // (atom.divisor * divisor)
+    return Linear(((FloorDiv(numerator, divisor), 1),))
 
 
 def _linear(terms: Mapping[Atom, int], constant: int) -> Dim:

@@ -27,7 +27,7 @@ def verify(graph: Graph, stage: str = "step") -> None:
             if isinstance(value.op, Leaf) and value not in declared:
                 raise _error(graph, node, f"it reads {value.op.label!r}, which the graph does not declare")
             if value.index >= len(value.node.types):
-                raise _error(graph, node, f"it reads result {value.index} of {value.node!r}, which has fewer")
+                raise _error(graph, node, f"it reads result {value.index} of {value.op.name}, which has fewer")
         try:
             inferred = node.op.infer(*(v.type for v in node.inputs))
         except LlmcError as error:
@@ -76,7 +76,8 @@ def _verify_states(graph: Graph) -> None:
 
 def _error(graph: Graph, node: Node, why: str) -> VerificationError:
     name, attributes = op_text(node.op)
-    operands = ", ".join(f"{v.op.name}: {v.type}" for v in node.inputs)
+    types = [v.type if v.index < len(v.node.types) else "?" for v in node.inputs]
+    operands = ", ".join(f"{v.op.name}: {t}" for v, t in zip(node.inputs, types, strict=True))
     readers = ", ".join(sorted({n.op.name for v in node.results for n, _ in graph.uses.get(v, ())}))
     return VerificationError(
         f"graph {graph.name}, node {name}({operands}){attributes} at {node.loc or 'no place'}"

@@ -54,10 +54,10 @@ class BenchReport:
 def bench_package(
     folder: Path, *, prefill: int, decode: int, depth: int, batch: int, repeat: int, threads: int | None
 ) -> BenchReport:
-    """Run `repeat` times: fill `depth` tokens of context, time `prefill` more, then `decode` steps of `batch` sequences.
+    """Run `repeat` times: fill `depth` tokens of context, time `prefill` more, then `decode` steps of `batch`.
 
     A probe of read bandwidth over the weights stands before and after every decode. Raises `LlmcError` when the
-    context or the batch is larger than the package was compiled for.
+    context or the batch is larger than the package's.
     """
     start = time.perf_counter()
     model = open_package(folder).load(threads=threads)
@@ -71,9 +71,7 @@ def bench_package(
         raise LlmcError(f"batch {batch}: the package decodes at most {engine.max_sequences} sequences together")
     executor = engine.executor
     tokens = np.random.default_rng(0).integers(0, executor.vocab_size, depth + prefill + decode).tolist()
-    rows = []
-    for _ in range(repeat):
-        rows.append(_run(model, tokens, prefill, decode, depth, batch))
+    rows = [_run(model, tokens, prefill, decode, depth, batch) for _ in range(repeat)]
     prefill_seconds, decode_seconds, bandwidth = (statistics.median(column) for column in zip(*rows, strict=True))
     entry = executor.plan.entries["decode"]
     context = batch * (depth + prefill + decode // 2)
@@ -97,7 +95,9 @@ def bench_package(
     return report
 
 
-def _run(model: Any, tokens: list[int], prefill: int, decode: int, depth: int, batch: int) -> tuple[float, float, float]:
+def _run(
+    model: Any, tokens: list[int], prefill: int, decode: int, depth: int, batch: int
+) -> tuple[float, float, float]:
     """Seconds of one prefill and of all decode steps, and the bandwidth around the latter."""
     engine = model.sequence().engine
     library, weights = engine.executor.library, engine.executor.weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from llmc.backends.package import PackageWriter, check_name, to_json
@@ -11,8 +12,8 @@ from llmc.backends.tvm.backend import TvmBackend
 from llmc.backends.tvm.plan import parameters
 from llmc.backends.wheel import write_wheel
 from llmc.checks import make_checks
-from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
 from llmc.compile_report import CompileReport
+from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
 from llmc.entries import specialised
 from llmc.importers.hf import ImportedModel, import_model
 from llmc.ir.errors import LlmcError, nearest
@@ -63,7 +64,7 @@ def compile_model(
         with report.phase("packing"):
             tensors = parameters(entries)
             placed = package.write_tensors(
-                "weights.bin", ((n, lambda v=v: evaluate_parameters(v, load)) for n, v in tensors.items())
+                "weights.bin", [(label, partial(evaluate_parameters, value, load)) for label, value in tensors.items()]
             )
         with report.phase("checks"):
             checks = make_checks(imported.graph, load, imported.info, kv_dtype, options)

@@ -10,7 +10,7 @@ from llmc.ir.types import DType
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds of a step: tokens in a prefill chunk, tokens in a verify step, sequences in a batch, rows of logits."""
+    """Upper bounds of a step: tokens of a prefill chunk and of a verify step, sequences of a batch, rows of logits."""
 
     tokens: int = 512
     verify_tokens: int = 64

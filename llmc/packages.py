@@ -16,7 +16,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A package's manifest, without importing the package. Raises `LlmcError` where there is none."""
     path = folder / "manifest.json"
     if not path.is_file():
-        raise LlmcError(f"{folder} is no package: it has no manifest.json; make one with 'llmc compile MODEL -o {folder}'")
+        raise LlmcError(
+            f"{folder} is no package: it has no manifest.json; make one with 'llmc compile MODEL -o {folder}'"
+        )
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError):

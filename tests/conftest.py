@@ -1,4 +1,4 @@
-"""What every test shares: the `--accept` option, hypothesis profiles, the rule for GPU tests, and packages compiled once."""
+"""What every test shares: `--accept`, hypothesis profiles, the rule for GPU tests, and packages compiled once."""
 
 from __future__ import annotations
 

@@ -28,4 +28,6 @@ def assert_as_good_as(value: NDArray[Any], naive: NDArray[Any], truth: NDArray[A
     assert np.isfinite(truth).all(), f"{what}: the reference is not finite"
     error, allowed = max_error(value, truth), 2 * max_error(naive, truth)
     floor = ROUNDING * float(np.abs(truth).max(initial=0.0))
-    assert error <= max(allowed, floor), f"{what}: error {error:.3g}, twice the naive error is {allowed:.3g} (floor {floor:.3g})"
+    assert error <= max(allowed, floor), (
+        f"{what}: error {error:.3g}, twice the naive error is {allowed:.3g} (floor {floor:.3g})"
+    )

@@ -19,12 +19,20 @@ try:
     from tvm import tirx
 except ImportError as error:  # pragma: no cover
     raise LlmcError(
-        f"compiling for a CPU needs Apache TVM, and `import tvm` failed: {error}. Install it: pip install 'apache-tvm~=0.27.0'"
+        f"compiling for a CPU needs Apache TVM, and `import tvm` failed: {error}. "
+        "Install it: pip install 'apache-tvm~=0.27.0'"
     ) from error
 
 NATIVE = Path(str(importlib.resources.files("llmc"))) / "runtime" / "native"
 COMPILE_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-pthread")
-LINK_FLAGS = ("-shared", "-s", "-Wl,--build-id=none", "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-Bsymbolic", "-Wl,--hash-style=gnu")
+LINK_FLAGS = (
+    "-shared",
+    "-s",
+    "-Wl,--build-id=none",
+    "-Wl,-z,relro,-z,now,-z,noexecstack",
+    "-Wl,-Bsymbolic",
+    "-Wl,--hash-style=gnu",
+)
 
 
 def native_sources() -> list[Path]:
@@ -63,7 +71,16 @@ def link(objects: Mapping[str, bytes], isa: Isa, output: Path) -> None:
         for symbol, data in objects.items():
             (folder / f"{symbol}.o").write_bytes(data)
         for source in native_sources():
-            _gcc(*COMPILE_FLAGS, *isa.gcc_flags, f'-DLLMC_ISA="{isa.name}"', "-c", source, "-o", f"{source.stem}.native.o", cwd=folder)
+            _gcc(
+                *COMPILE_FLAGS,
+                *isa.gcc_flags,
+                f'-DLLMC_ISA="{isa.name}"',
+                "-c",
+                source,
+                "-o",
+                f"{source.stem}.native.o",
+                cwd=folder,
+            )
         exported = "".join(f"  {symbol};\n" for symbol in (*sorted(objects), "llmc_*"))
         (folder / "exports.map").write_text(f"{{\nglobal:\n{exported}local:\n  *;\n}};\n")
         parts = [f"{symbol}.o" for symbol in sorted(objects)] + [f"{s.stem}.native.o" for s in native_sources()]
@@ -78,7 +95,12 @@ def _gcc(*arguments: str | Path, cwd: Path) -> None:
     if shutil.which(gcc) is None:
         raise LlmcError(f"compiling for a CPU needs a C compiler, and {gcc!r} was not found: install gcc, or set CC")
     done = subprocess.run(
-        [gcc, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
+        [gcc, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LC_ALL": "C"},
     )
     if done.returncode:
         raise LlmcError(f"{gcc} failed with exit status {done.returncode}: {done.stderr.strip()[:2000]}")

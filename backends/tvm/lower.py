@@ -26,8 +26,7 @@ _NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2}
 def lower(graph: Graph) -> Graph:
     """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none."""
     lowering = _Lowering(graph)
-    lowered = graph.map(lowering.node)
-    return lowered
+    return graph.map(lowering.node)
 
 
 class _Lowering:
@@ -68,9 +67,7 @@ class _Lowering:
             return self._emit(b, joint, inputs[0].node.inputs[0], *inputs[1:])
         if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
             source = inputs[1].op
-            table = DynamicRotaryTable(
-                source.base, source.factor, source.max_positions, source.rotary_dim, op.scaling
-            )
+            table = DynamicRotaryTable(source.base, source.factor, source.max_positions, source.rotary_dim, op.scaling)
             return b.make(table, inputs[:1]).results
         if type(op) in _NORM_PARAMETERS:
             first = _NORM_PARAMETERS[type(op)]
@@ -95,7 +92,9 @@ class _Lowering:
             new.update(zip(inner.results, as_tuple(made), strict=True))
         return tuple(new[v] for v in results)
 
-    def _emit(self, b: Emitter, op: PackedLinear | PackedGatedLinear | PackedEmbedding | JointAttention, *inputs: Value) -> Value:
+    def _emit(
+        self, b: Emitter, op: PackedLinear | PackedGatedLinear | PackedEmbedding | JointAttention, *inputs: Value
+    ) -> Value:
         made = b.make(op, inputs)
         assert has_kernel(made), made
         return made.results[0]
@@ -138,5 +137,3 @@ def _absorbed(graph: Graph) -> set[Node]:
 
 def _floats(b: Emitter, values: tuple[Value, ...]) -> tuple[Value, ...]:
     return tuple(v if v.type.dtype is DType.F32 else b.cast(v, dtype=DType.F32) for v in values)
-
-

@@ -33,7 +33,7 @@ def unpack(packed: Array, n: int) -> Array:
 
 
 def pack_gated(gate: Array, up: Array) -> Array:
-    """Two [n, k] -> [ceil(n / 8), k, 16]: in each panel 8 rows of `gate`, then the same 8 of `up`; padded with zeros."""
+    """Two [n, k] -> [ceil(n / 8), k, 16]: in each panel 8 rows of `gate`, then the same 8 of `up`; zeros at the end."""
     n, k = gate.shape
     panels = -(-n // HALF)
     rows = np.zeros((panels, 2, HALF, k), gate.dtype)

@@ -124,7 +124,9 @@ def _launch(node: Node, graph: Graph) -> Launch:
     chosen = select(node)
     assert chosen is not None, f"{node!r} was lowered to an op without a kernel"
     flops, traffic = _linear_cost(node, "flops"), _linear_cost(node, "bytes")
-    return Launch(chosen.spec, chosen.arguments, f"{node.loc}:{node.op.name}" if node.loc else node.op.name, flops, traffic)
+    return Launch(
+        chosen.spec, chosen.arguments, f"{node.loc}:{node.op.name}" if node.loc else node.op.name, flops, traffic
+    )
 
 
 def _linear_cost(node: Node, what: str) -> tuple[int, int, int]:

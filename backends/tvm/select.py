@@ -50,7 +50,9 @@ def select(node: Node) -> Selected | None:
     return choose(node.op, node) if choose else None
 
 
-def _kernel(kind: type[_OpT]) -> Callable[[Callable[[_OpT, Node], Selected | None]], Callable[[_OpT, Node], Selected | None]]:
+def _kernel(
+    kind: type[_OpT],
+) -> Callable[[Callable[[_OpT, Node], Selected | None]], Callable[[_OpT, Node], Selected | None]]:
     def register(choose: Callable[[_OpT, Node], Selected | None]) -> Callable[[_OpT, Node], Selected | None]:
         _TABLE[kind] = choose  # type: ignore[assignment]
         return choose

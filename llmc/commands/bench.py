@@ -23,5 +23,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Time prefill and decode, beside the memory bandwidth measured in the same run."""
-    report = bench_package(package, prefill=prefill, decode=decode, depth=depth, batch=batch, repeat=repeat, threads=threads)
+    report = bench_package(
+        package, prefill=prefill, decode=decode, depth=depth, batch=batch, repeat=repeat, threads=threads
+    )
     print_json(report.as_json()) if as_json else typer.echo(str(report))

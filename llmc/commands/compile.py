@@ -30,7 +30,9 @@ def command(
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="For timing and analysis.")] = False,
     dump_ir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the graph after every pass.")] = None,
-    check_numerics: Annotated[bool, typer.Option("--check-numerics", help="Interpret before and after passes.")] = False,
+    check_numerics: Annotated[
+        bool, typer.Option("--check-numerics", help="Interpret before and after passes.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a standalone package."""

@@ -42,7 +42,11 @@ def command(
         messages = [{"role": "user", "content": prompt}]
         completion = model.chat(messages, **sampling) if chat else model.generate(prompt, **sampling)
         if as_json:
-            done = {"text": completion.text, "token_ids": completion.token_ids, "finish_reason": completion.finish_reason}
+            done = {
+                "text": completion.text,
+                "token_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+            }
             print_json(done)
         else:
             typer.echo(completion.text)

@@ -15,7 +15,9 @@ EXAMPLE = "llmc verify picocode --against examples/picocode"
 
 def command(
     package: Package,
-    against: Annotated[Path | None, typer.Option(metavar="MODEL", help="Compare with this model, node by node.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Compare with this model, node by node.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a package against the logits stored in it, and with --against against its source. Exit 1: it differs."""

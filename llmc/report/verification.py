@@ -39,7 +39,12 @@ class Verification:
 
     def as_json(self) -> dict[str, Any]:
         """The verdict and its figures."""
-        return {"ok": self.ok, "checks": str(self.checks), **self.against, "first_divergent_node": self.divergent or None}
+        return {
+            "ok": self.ok,
+            "checks": str(self.checks),
+            **self.against,
+            "first_divergent_node": self.divergent or None,
+        }
 
     def __str__(self) -> str:
         lines = [str(self.checks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import RLock
 from typing import Protocol
 
@@ -94,24 +95,22 @@ class Executor(Protocol):
 
 def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """The inputs for chunks whose tables already have blocks for the new tokens (`BlockTable.extend`)."""
-    counts = [len(chunk.token_ids) for chunk in chunks]
-    query_start = np.zeros(len(chunks) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    positions = np.empty(query_start[-1], np.int32)
-    slot_mapping = np.empty(query_start[-1], np.int32)
+    starts = [0, *accumulate(len(chunk.token_ids) for chunk in chunks)]
+    positions = np.empty(starts[-1], np.int32)
+    slot_mapping = np.empty(starts[-1], np.int32)
     block_tables = np.zeros((len(chunks), max(len(chunk.table.blocks) for chunk in chunks)), np.int32)
-    rows = []
-    for s, chunk in enumerate(chunks):
-        start, stop, blocks = int(query_start[s]), int(query_start[s + 1]), chunk.table.blocks
+    rows: list[int] = []
+    for s, (chunk, start, stop) in enumerate(zip(chunks, starts, starts[1:], strict=False)):
+        blocks, position = chunk.table.blocks, chunk.table.length
         block_tables[s, : len(blocks)] = blocks
-        if stop - start == 1:  # decoding: worth its own line, this runs for every token of every sequence
-            position = chunk.table.length
+        if stop - start == 1:  # decoding: worth a branch of its own, this runs for every token of every sequence
             positions[start] = position
-            slot_mapping[start] = blocks[position // block_size] * block_size + position % block_size
+            slot_mapping[start] = int(blocks[position // block_size]) * block_size + position % block_size
         else:
-            span = np.arange(chunk.table.length, chunk.table.length + stop - start, dtype=np.int32)
+            span = np.arange(position, position + stop - start, dtype=np.int32)
             positions[start:stop] = span
             slot_mapping[start:stop] = blocks[span // block_size] * block_size + span % block_size
-        rows.append(np.arange(stop - chunk.outputs, stop, dtype=np.int32))
+        rows += range(stop - chunk.outputs, stop)
     token_ids = chunks[0].token_ids if len(chunks) == 1 else np.concatenate([chunk.token_ids for chunk in chunks])
-    return Batch(token_ids, positions, slot_mapping, query_start, block_tables, np.concatenate(rows))
+    query_start, logit_rows = np.array(starts, np.int32), np.array(rows, np.int32)
+    return Batch(token_ids, positions, slot_mapping, query_start, block_tables, logit_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 from .arguments import flag
@@ -21,6 +22,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._source = source
         self._special_tokens = dict(special_tokens)
+        self._lock = Lock()
 
     @cached_property
     def _template(self) -> Template:
@@ -42,7 +44,8 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": flag("add_generation_prompt", add_generation_prompt),
         }
-        return self._template.render(values)
+        with self._lock:
+            return self._template.render(values)
 
 
 def special_tokens(config: Field | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -20,6 +21,16 @@ from .timings import Profile
 
 _MAX_STATE_ELEMENTS = 1 << 31
 """Kernels index a state with int32."""
+
+
+@dataclass(frozen=True)
+class _LaunchTable:
+    """An entry's C `Launch` records and its argument pointers by address; `keep` owns both."""
+
+    count: int
+    launches: int
+    args: int
+    keep: tuple[NDArray[Any], NDArray[Any]]
 
 
 class NativeExecutor:
@@ -54,7 +65,9 @@ class NativeExecutor:
         self._arena = reserve(plan.arena_bytes)
         self._inputs, self._outputs = _allocate_ends(plan, vocab_size, sequence_blocks)
         self._dims = allocate((4,), np.int32)
-        self._kernels = library.kernel_addresses(plan.kernels)
+        self._kernel_addresses = library.kernel_addresses(plan.kernels)
+        # Addresses are taken once: asking an array for its own costs a microsecond each time.
+        self._kernels, self._dims_address = _address_of(self._kernel_addresses), _address_of(self._dims)
         self._tables = {name: self._launch_table(entry) for name, entry in plan.entries.items()}
         self._closed = False
 
@@ -65,15 +78,10 @@ class NativeExecutor:
                 raise ModelError("the model is closed")
             dims = batch.dims
             self._take(batch)
-            launches, args = self._tables[entry]
-            nanoseconds = np.zeros(len(launches), np.uint64) if profile is not None else None
+            table = self._tables[entry]
+            nanoseconds = np.zeros(table.count, np.uint64) if profile is not None else None
             self.library.step(
-                launches.ctypes.data,
-                len(launches),
-                self._kernels.ctypes.data,
-                args.ctypes.data,
-                self._dims.ctypes.data,
-                nanoseconds.ctypes.data if nanoseconds is not None else 0,
+                table.launches, table.count, self._kernels, table.args, self._dims_address, _address_of(nanoseconds)
             )
             if profile is not None and nanoseconds is not None:
                 context = int(batch.positions[batch.query_start[:-1]].sum())
@@ -87,11 +95,10 @@ class NativeExecutor:
         """
         with self.lock:
             self._take(batch)
-            launches, args = self._tables[entry]
+            table = self._tables[entry]
             for i, launch in enumerate(self.plan.entries[entry].launches):
-                self.library.step(
-                    launches[i:].ctypes.data, 1, self._kernels.ctypes.data, args.ctypes.data, self._dims.ctypes.data, 0
-                )
+                at = table.launches + i * LAUNCH.itemsize
+                self.library.step(at, 1, self._kernels, table.args, self._dims_address, 0)
                 yield partial(self._read, launch)
 
     def _read(self, launch: Launch, place: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -124,8 +131,7 @@ class NativeExecutor:
             self._states, self._inputs, self._outputs, self._tables = [], {}, {}, {}
             self._arena = self.weights = np.zeros(0, np.uint8)
 
-    def _launch_table(self, entry: Entry) -> tuple[NDArray[Any], NDArray[np.uint64]]:
-        """The C `Launch` records of an entry, and its argument pointers one launch after another."""
+    def _launch_table(self, entry: Entry) -> _LaunchTable:
         counts = [len(launch.args) for launch in entry.launches]
         launches = np.zeros(len(counts), LAUNCH)
         launches["kernel"] = [launch.kernel for launch in entry.launches]
@@ -134,10 +140,10 @@ class NativeExecutor:
         launches["barrier"] = [launch.barrier for launch in entry.launches]
         addresses = [self._address(buffer) for buffer in self.plan.buffers]
         args = np.array([addresses[a] for launch in entry.launches for a in launch.args], np.uint64)
-        return launches, args
+        return _LaunchTable(len(launches), _address_of(launches), _address_of(args), (launches, args))
 
     def _address(self, buffer: Buffer) -> int:
-        return int(self._memory(buffer).ctypes.data) + buffer.offset
+        return _address_of(self._memory(buffer)) + buffer.offset
 
     def _memory(self, buffer: Buffer) -> NDArray[np.uint8]:
         """The memory in which a buffer lies, as bytes."""
@@ -165,6 +171,10 @@ def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[int, list[NDArra
             f"cannot reserve {need} bytes for keys and values; compile for a shorter --max-sequence-length"
         )
     return blocks, states
+
+
+def _address_of(array: NDArray[Any] | None) -> int:
+    return 0 if array is None else int(array.ctypes.data)
 
 
 def _reserve_blocks(plan: Plan, blocks: int) -> list[NDArray[np.uint8]] | None:

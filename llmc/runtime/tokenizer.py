@@ -31,6 +31,7 @@ class Tokenizer:
         own = backend.encode("").ids[:1] == self._bos != []
         self._prepend = self._bos if add_bos and not own else []
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self._texts: dict[int, str | None] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +70,18 @@ class Tokenizer:
         """Whether the token may add to a text: it is known and not special."""
         return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
 
+    def whole_text(self, token_id: int) -> str | None:
+        """The text of a token alone; None for one without text and for one that is a part of a character."""
+        if token_id not in self._texts:
+            whole = self.has_text(token_id) and token_id not in self.byte_ids
+            text = self.decode_known([token_id]) if whole else REPLACEMENT
+            self._texts[token_id] = None if REPLACEMENT in text else text
+        return self._texts[token_id]
+
+    def decode_known(self, token_ids: list[int]) -> str:
+        """`decode` for ids that are known to be such."""
+        return str(self._backend.decode(token_ids))
+
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """Tokens such as `<0x0A>` that stand for one byte; a run of them is decoded as a whole."""
@@ -93,8 +106,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # One token of the prompt stands for all: what matters to a decoder is only that ours are not the first.
-        self._anchor = next(([i] for i in reversed(prompt) if self._is_whole(i)), [])
-        self._anchor_length = len(tokenizer.decode(self._anchor))
+        self._anchor = next(([i] for i in reversed(prompt) if tokenizer.whole_text(i) is not None), [])
+        self._anchor_length = len(tokenizer.decode_known(self._anchor))
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -114,23 +127,17 @@ class Detokenizer:
         return self._emit(self._window()) if self._pending else ""
 
     def _window(self) -> str:
-        return self._tokenizer.decode(self._anchor + self._pending)
+        return self._tokenizer.decode_known(self._anchor + self._pending)
 
     def _emit(self, text: str) -> str:
         piece = text[self._anchor_length :]
-        if self._is_whole(self._pending[-1]):
-            self._anchor = self._pending[-1:]
+        last = self._tokenizer.whole_text(self._pending[-1])
+        if last is not None:
+            self._anchor, self._anchor_length = self._pending[-1:], len(last)
         elif not self._anchor:
-            self._anchor = self._pending
-        self._anchor_length = len(self._tokenizer.decode(self._anchor))
+            self._anchor, self._anchor_length = self._pending, len(text)
         self._pending = []
         return piece
-
-    def _is_whole(self, token_id: int) -> bool:
-        tokenizer = self._tokenizer
-        if not tokenizer.has_text(token_id) or token_id in tokenizer.byte_ids:
-            return False
-        return REPLACEMENT not in tokenizer.decode([token_id])
 
 
 def load_tokenizer(path: Path, bos_token_id: int | None, add_bos: bool) -> Tokenizer:

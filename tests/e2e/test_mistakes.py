@@ -59,7 +59,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ("safetensors",)),
     "truncated weights": (lambda m: os.truncate(m / "model.safetensors", 100_000), ("model.safetensors",)),
     "wrong shape": (lambda m: change_config(m, intermediate_size=700), ("gate_proj", "704", "700")),
-    "missing tensors": (lambda m: change_config(m, num_hidden_layers=7), ("model.layers.6", )),
+    "missing tensors": (lambda m: change_config(m, num_hidden_layers=7), ("model.layers.6",)),
     "unused tensors": (lambda m: change_config(m, num_hidden_layers=5), ("model.layers.5",)),
     "unknown model type": (lambda m: change_config(m, model_type="lama"), ("lama", "llama")),
     "unknown key": (lambda m: change_config(m, attention_window_of_mine=3), ("attention_window_of_mine",)),

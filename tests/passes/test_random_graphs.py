@@ -45,7 +45,8 @@ class Drawn:
     def value(self) -> Value:
         """One of the values so far, mostly a late one."""
         at = self.draw(st.integers(0, len(self.values) - 1))
-        return self.values[max(at, len(self.values) - 3) if self.yes() else at]
+        chosen: Value = self.values[max(at, len(self.values) - 3) if self.yes() else at]
+        return chosen
 
     def swapped(self, op: Callable[..., Value], x: Value, y: Value) -> Value:
         """A commutative op with its operands in either order."""

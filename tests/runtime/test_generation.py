@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.runtime.arguments import split_prompts
+from llmc.runtime.chat import ChatTemplate
 from llmc.runtime.errors import ModelError
 from llmc.runtime.plan import Limits
 from llmc.runtime.tokenizer import Tokenizer, load_tokenizer
@@ -152,6 +153,24 @@ def test_text_in_text_out(tokenizer: Tokenizer) -> None:
     assert model.generate(prompt, 20).text == out.text
     assert out.prompt_token_ids == prompt
     assert len(model.generate("", 3).token_ids) == 3, "an empty text is the beginning token"
+
+
+def test_a_conversation_goes_through_the_template(tokenizer: Tokenizer) -> None:
+    pytest.importorskip("jinja2")
+    source = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    model = tiny(vocab_size=512, context=64, tokenizer=tokenizer, template=ChatTemplate(source, {"bos_token": "<s>"}))
+    messages = [{"role": "user", "content": "hi"}]
+    prompt = tokenizer.encode("<s>[user] hi[assistant]", add_special_tokens=False)
+    assert prompt[0] == 1 and prompt.count(1) == 1, "the template's own beginning token is the only one"
+    assert model.chat_prompt(messages) == prompt
+    assert model.chat(messages, max_new_tokens=9).token_ids == greedy(model, prompt, 9)
+    without = tokenizer.encode("<s>[user] hi", add_special_tokens=False)
+    assert model.chat_prompt(messages, add_generation_prompt=False) == without
+    with pytest.raises(ValueError, match="add_generation_prompt: given 'no'"):
+        model.chat(messages, add_generation_prompt="no")  # type: ignore[arg-type]
 
 
 def test_a_stream_is_the_completion_in_pieces(tokenizer: Tokenizer) -> None:

@@ -2,7 +2,7 @@
 
 A query row is one head of one token. Its keys are taken from position 0 in segments of 256; a segment gives its own
 maximum, sum and weighted values, and segments are combined in order. All of that depends on the row's own position
-alone, so a row's bits are the same in any batch, chunk or tile; and segments may one day be computed by different tasks.
+alone, so a row's bits are the same in any batch, chunk or tile; and segments may one day go to different tasks.
 
 Registers hold a tile of rows that share a kv head: heads of one group, and neighbouring tokens where a group is small.
 What lies beyond a row's position (later keys, slots not yet written, blocks of others) never enters its arithmetic:
@@ -84,10 +84,14 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
             acc[at(i * lanes, lanes)] = f32(0.0, lanes)
         common: T.let = T.max(0, T.min(SEGMENT, position + 1 - start))
         for b in T.serial(T.truncdiv(common + BLOCK - 1, BLOCK)):
-            base: T.let = (T.Cast("int64", B[table + T.truncdiv(start, BLOCK) + b]) * kv_heads + head) * T.int64(head_dim * BLOCK)
+            base: T.let = (T.Cast("int64", B[table + T.truncdiv(start, BLOCK) + b]) * kv_heads + head) * T.int64(
+                head_dim * BLOCK
+            )
             for j in T.serial(T.min(BLOCK, common - b * BLOCK)):
                 for c in T.unroll(C):
-                    v: T.let = decode(load(V, base + T.Cast("int64", j * head_dim + first + c * lanes), lanes), kv_dtype, lanes)
+                    v: T.let = decode(
+                        load(V, base + T.Cast("int64", j * head_dim + first + c * lanes), lanes), kv_dtype, lanes
+                    )
                     for r in T.unroll(height):
                         acc[at((r * C + c) * lanes, lanes)] = fma(
                             splat(W[r * SEGMENT + b * BLOCK + j], lanes), v, acc[at((r * C + c) * lanes, lanes)]
@@ -201,7 +205,9 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
                 for g in T.serial(T.truncdiv(last, SEGMENT) + 1):
                     start: T.let = g * SEGMENT
                     for b in T.serial(T.min(SEGMENT // BLOCK, T.truncdiv(last - start, BLOCK) + 1)):
-                        for_height(height, scores, Q, K, W, query, B[table + g * (SEGMENT // BLOCK) + b], b * BLOCK, head)
+                        for_height(
+                            height, scores, Q, K, W, query, B[table + g * (SEGMENT // BLOCK) + b], b * BLOCK, head
+                        )
                     for r in T.serial(height):
                         valid: T.let = T.min(SEGMENT, position + T.truncdiv(r, G) + 1 - start)
                         if valid > 0:

@@ -79,7 +79,9 @@ def _append(symbol, isa, q_heads, kv_heads, head_dim, rot_dim, layout, kv_dtype)
                         Q[at(q + half + i * L, L)] = _turn(b, c, a, s, 1.0)
                     for j in T.serial(half - vectors * L):
                         i: T.let = vectors * L + j
-                        Q[q + i * step] = _turn(X[x + i * step], C[t * half + i], X[x + second + i * step], S[t * half + i], -1.0)
+                        Q[q + i * step] = _turn(
+                            X[x + i * step], C[t * half + i], X[x + second + i * step], S[t * half + i], -1.0
+                        )
                         Q[q + second + i * step] = _turn(
                             X[x + second + i * step], C[t * half + i], X[x + i * step], S[t * half + i], 1.0
                         )
@@ -96,7 +98,9 @@ def _append(symbol, isa, q_heads, kv_heads, head_dim, rot_dim, layout, kv_dtype)
                     for i in T.serial(half):
                         a: T.let = X[x + i * step]
                         b: T.let = X[x + second + i * step]
-                        K[k + T.Cast("int64", i * step * BLOCK)] = encode(_turn(a, C[t * half + i], b, S[t * half + i], -1.0), kv_dtype)
+                        K[k + T.Cast("int64", i * step * BLOCK)] = encode(
+                            _turn(a, C[t * half + i], b, S[t * half + i], -1.0), kv_dtype
+                        )
                         K[k + T.Cast("int64", (second + i * step) * BLOCK)] = encode(
                             _turn(b, C[t * half + i], a, S[t * half + i], 1.0), kv_dtype
                         )

@@ -24,13 +24,13 @@ def embedding(symbol, isa, *, vocab, hidden, weight_dtype):
         out: T.handle("float32"),
     ):
         D = T.decl_buffer((4,), "int32", data=dims)
-        I = T.decl_buffer((1,), "int32", data=ids)
+        N = T.decl_buffer((1,), "int32", data=ids)
         W = T.decl_buffer((1,), storage, data=table)
         Y = T.decl_buffer((1,), "float32", data=out)
         first: T.let = share(task, tasks, D[0])
         for i in T.serial(share(task + 1, tasks, D[0]) - first):
             t: T.let = first + i
-            row: T.let = T.Cast("int64", T.max(0, T.min(vocab - 1, I[t]))) * T.int64(hidden)
+            row: T.let = T.Cast("int64", T.max(0, T.min(vocab - 1, N[t]))) * T.int64(hidden)
             for c in T.serial(hidden // L):
                 Y[at(t * hidden + c * L, L)] = decode(load(W, row + T.Cast("int64", c * L), L), weight_dtype, L)
             for c in T.serial(hidden % L):
@@ -56,14 +56,16 @@ def packed_embedding(symbol, isa, *, vocab, hidden, weight_dtype):
         out: T.handle("float32"),
     ):
         D = T.decl_buffer((4,), "int32", data=dims)
-        I = T.decl_buffer((1,), "int32", data=ids)
+        N = T.decl_buffer((1,), "int32", data=ids)
         W = T.decl_buffer((1,), storage, data=table)
         Y = T.decl_buffer((1,), "float32", data=out)
         first: T.let = share(task, tasks, D[0])
         for i in T.serial(share(task + 1, tasks, D[0]) - first):
             t: T.let = first + i
-            id: T.let = T.max(0, T.min(vocab - 1, I[t]))
-            start: T.let = T.Cast("int64", T.truncdiv(id, PANEL)) * T.int64(hidden * PANEL) + T.Cast("int64", T.truncmod(id, PANEL))
+            id: T.let = T.max(0, T.min(vocab - 1, N[t]))
+            start: T.let = T.Cast("int64", T.truncdiv(id, PANEL)) * T.int64(hidden * PANEL) + T.Cast(
+                "int64", T.truncmod(id, PANEL)
+            )
             for c in T.serial(hidden):
                 Y[t * hidden + c] = decode(load(W, start + T.Cast("int64", c * PANEL)), weight_dtype)
 

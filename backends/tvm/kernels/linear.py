@@ -31,7 +31,8 @@ def linear(symbol, isa, *, rows_dim, n, k, weight_dtype, bias=False, epilogue="n
 
 
 def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
-    """x f32 [rows, k], w packed [ceil(n / 8), k, 16] (`packing.pack_gated`), y f32 [rows, n] = activation(gate) · up."""
+    """x f32 [rows, k], w packed [ceil(n / 8), k, 16] (`packing.pack_gated`),
+    y f32 [rows, n] = activation(x gateᵀ) · (x upᵀ)."""
 
     def result(scratch, column, lanes, B, R, col, row):
         return activate(activation, load(scratch, column, lanes)) * load(scratch, column + HALF, lanes)
@@ -40,7 +41,7 @@ def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
 
 
 def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, residual):
-    """`columns`: outputs of one panel. `result(scratch, column, lanes, B, R, col, row)`: outputs from a panel's sums."""
+    """`columns`: outputs of one panel. `result(scratch, column, lanes, B, R, col, row)`: outputs of a panel's sums."""
     L, V = isa.lanes, isa.vectors
     out_lanes = min(L, columns)
     panels = -(-n // columns)
@@ -58,7 +59,9 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
             for p in T.unroll(P):
                 for v in T.unroll(V):
                     w: T.let = decode(
-                        load(W, T.Cast("int64", panel + p) * T.int64(k * PANEL) + T.Cast("int64", kk * PANEL + v * L), L),
+                        load(
+                            W, T.Cast("int64", panel + p) * T.int64(k * PANEL) + T.Cast("int64", kk * PANEL + v * L), L
+                        ),
                         weight_dtype,
                         L,
                     )

@@ -42,7 +42,7 @@ def _with_sign_of(x, magnitude):
 
 
 def exp(x):
-    """e^x: 1.0 units in the last place, zero below -104, infinity above 88.73. Range reduction and coefficients: Cephes, expf."""
+    """e^x: 1.0 units in the last place, zero below -104, infinity above 88.73. After Cephes, expf."""
     lanes = lanes_of(x)
     x = let(clamp(let(x), -104.0, 89.0))
     t = let(fma(x, f32(1.44269504088896341, lanes), f32(_MAGIC, lanes)))
@@ -84,7 +84,9 @@ def tanh(x):
             4.89352455891786e-03,
         ),
     )
-    denominator = polynomial(square, (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03))
+    denominator = polynomial(
+        square, (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+    )
     near = small * numerator / denominator
     return T.Select(magnitude < f32(0.6, lanes), near, _with_sign_of(x, far))
 

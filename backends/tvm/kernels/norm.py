@@ -96,9 +96,9 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
                 total(source, row, lambda a, v: a + v, S)
                 mean: T.let = S[0] / f32(hidden)
                 # A mean far from zero loses digits that the deviations have: their own mean is what it lacks.
-                total(source, row, lambda a, v: a + (v - splat(mean, lanes_of(v))), S)
+                total(source, row, _sum_of_deviations(mean, f32(0.0)), S)
                 rest: T.let = S[0] / f32(hidden)
-                total(source, row, lambda a, v: _add_square(a, _deviation(v, mean, rest)), S)
+                total(source, row, _sum_of_squares(mean, rest), S)
                 inverse: T.let = f32(1.0) / square_root(S[0] / f32(hidden) + f32(eps))
                 for c in T.serial(vectors):
                     v: T.let = _deviation(load(source, row + c * L, L), mean, rest) * splat(inverse, L)
@@ -122,9 +122,16 @@ def _deviation(v, mean, rest):
     return (v - splat(mean, lanes)) - splat(rest, lanes)
 
 
-def _add_square(total, d):
-    d = let(d)
-    return fma(d, d, total)
+def _sum_of_deviations(mean, rest):
+    return lambda total, v: total + _deviation(v, mean, rest)
+
+
+def _sum_of_squares(mean, rest):
+    def step(total, v):
+        d = let(_deviation(v, mean, rest))
+        return fma(d, d, total)
+
+    return step
 
 
 def _affine(v, W, B, column, lanes):

@@ -17,7 +17,8 @@ _HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
 def rotary_table(symbol, isa, *, rot_dim, attention_scaling=1.0):
     """positions i32 [tokens], inv_freq f32 [rot_dim / 2], cos and sin f32 [tokens, rot_dim / 2].
 
-    The angle is position · inv_freq rounded to float32, as frameworks take it; cos and sin of it are correctly rounded but for rare ties.
+    The angle is position · inv_freq rounded to float32, as frameworks take it; cos and sin of it are correctly rounded
+    but for rare ties.
     """
     return _table(symbol, rot_dim, attention_scaling, lambda F, position, i: F[i], fixed=True)
 

@@ -80,7 +80,7 @@ def square_root(x):
 
 
 def tree_sum(values):
-    """The sum of an even number of scalars (a power of two), in pairs: (0 + n/2), (1 + n/2 + 1), ...; then the same again."""
+    """The sum of a power of two of scalars: elements i and i + n/2 are added, then the same again with what results."""
     while len(values) > 1:
         half = len(values) // 2
         values = [a + b for a, b in zip(values[:half], values[half:], strict=True)]

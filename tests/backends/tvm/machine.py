@@ -75,7 +75,9 @@ class Kernel:
         """Arguments in C order: arrays are inputs (copied), `Guarded` ones are outputs and states (checked)."""
         sizes = guard(np.array([*dims, 0, 0, 0, 0][:4], np.int32))
         arrays = [a.array if isinstance(a, Guarded) else guard(a) for a in arguments]
-        function = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_int32, *[ctypes.c_void_p] * (1 + len(arrays)))(self.address)
+        function = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_int32, *[ctypes.c_void_p] * (1 + len(arrays)))(
+            self.address
+        )
         for task in range(tasks):
             function(task, tasks, sizes.ctypes.data, *[a.ctypes.data for a in arrays])
         for argument, array in zip(arguments, arrays, strict=True):

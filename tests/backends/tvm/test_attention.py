@@ -58,9 +58,7 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
     return np.asarray(np.cumsum(weights[:, None] * v, axis=0, dtype=q.dtype)[-1] / total)
 
 
-def run(
-    kernel: Kernel, cache: Cache, q: Array, chosen: list[tuple[int, int, int]], width: int, tasks: int
-) -> Array:
+def run(kernel: Kernel, cache: Cache, q: Array, chosen: list[tuple[int, int, int]], width: int, tasks: int) -> Array:
     """Attention for (sequence, first position, count) groups; q holds all their rows, in order."""
     positions = np.concatenate([np.arange(p, p + n) for _, p, n in chosen]).astype(np.int32)
     starts = np.cumsum([0, *[n for _, _, n in chosen]]).astype(np.int32)
@@ -76,9 +74,13 @@ HEADS = [(1, 1), (2, 2), (4, 2), (3, 1), (7, 1), (14, 2), (8, 1)]
 
 @settings(max_examples=12)
 @given(
-    heads=st.sampled_from(HEADS), head_dim=st.sampled_from([8, 10, 12, 20, 64, 80, 100, 128, 256]), dtype=st.sampled_from(sorted(DTYPES)),
-    lengths=st.lists(st.sampled_from([1, 5, 16, 17, 33, 100]), min_size=1, max_size=3), extra=st.booleans(),
-    tasks=st.sampled_from([1, 2, 3]), seed=st.integers(0, 1000),
+    heads=st.sampled_from(HEADS),
+    head_dim=st.sampled_from([8, 10, 12, 20, 64, 80, 100, 128, 256]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    lengths=st.lists(st.sampled_from([1, 5, 16, 17, 33, 100]), min_size=1, max_size=3),
+    extra=st.booleans(),
+    tasks=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 1000),
 )
 @example(heads=(4, 2), head_dim=32, dtype="f16", lengths=[SEGMENT + 3, 2 * SEGMENT + 40], extra=True, tasks=2, seed=1)
 @example(heads=(1, 1), head_dim=20, dtype="f32", lengths=[SEGMENT + 1], extra=False, tasks=3, seed=2)
@@ -95,7 +97,13 @@ def test_paged_attention(
     for rows in q:
         rows[:, width:] = np.nan
     kernel = Kernel(
-        paged_attention, V3, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, kv_dtype=dtype,
+        paged_attention,
+        V3,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        kv_dtype=dtype,
         **({"query_stride": stride} if extra else {}),
     )
     whole = run(kernel, cache, np.concatenate(q), [(s, 0, n) for s, n in enumerate(lengths)], width, tasks)
@@ -114,7 +122,14 @@ def test_paged_attention(
 
     # The same bits, chunk by chunk and in another batch: the last rows of each sequence as a decode step, some before.
     begin = np.cumsum([0, *lengths])
-    last = run(kernel, cache, np.stack([a[-1] for a in q[::-1]]), [(s, n - 1, 1) for s, n in reversed(list(enumerate(lengths)))], width, 1)
+    last = run(
+        kernel,
+        cache,
+        np.stack([a[-1] for a in q[::-1]]),
+        [(s, n - 1, 1) for s, n in reversed(list(enumerate(lengths)))],
+        width,
+        1,
+    )
     for s, n in enumerate(lengths):
         assert same_bits(last[len(lengths) - 1 - s], whole[begin[s] + n - 1])
         cut = n // 3
@@ -155,7 +170,9 @@ def rotated(x: Array, cos: Array, sin: Array, rot_dim: int, layout: str) -> Arra
     y = x.copy()
     c, s = cos[:, None], sin[:, None]
     half = rot_dim // 2
-    first, second = (slice(0, half), slice(half, rot_dim)) if layout == "half" else (slice(0, rot_dim, 2), slice(1, rot_dim, 2))
+    first, second = (
+        (slice(0, half), slice(half, rot_dim)) if layout == "half" else (slice(0, rot_dim, 2), slice(1, rot_dim, 2))
+    )
     y[..., first] = x[..., first] * c - x[..., second] * s
     y[..., second] = x[..., second] * c + x[..., first] * s
     return y
@@ -163,9 +180,14 @@ def rotated(x: Array, cos: Array, sin: Array, rot_dim: int, layout: str) -> Arra
 
 @settings(max_examples=12)
 @given(
-    heads=st.sampled_from(HEADS), head_dim=st.integers(2, 50).map(lambda h: 2 * h), part=st.sampled_from([0.0, 0.4, 1.0]),
-    layout=st.sampled_from(["half", "interleaved"]), dtype=st.sampled_from(sorted(DTYPES)), tokens=st.integers(1, 20),
-    tasks=st.sampled_from([1, 2, 3]), seed=st.integers(0, 1000),
+    heads=st.sampled_from(HEADS),
+    head_dim=st.integers(2, 50).map(lambda h: 2 * h),
+    part=st.sampled_from([0.0, 0.4, 1.0]),
+    layout=st.sampled_from(["half", "interleaved"]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    tokens=st.integers(1, 20),
+    tasks=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 1000),
 )
 def test_append(
     heads: tuple[int, int], head_dim: int, part: float, layout: str, dtype: str, tokens: int, tasks: int, seed: int
@@ -202,7 +224,9 @@ def test_append(
     both = slice(q_heads, q_heads + kv_heads)
     if written.any():
         assert_as_good_as(f32(k), f32(stored(turned[written][:, both], dtype)), truth[written][:, both], "key")
-    assert same_bits(np.ascontiguousarray(v), np.ascontiguousarray(stored(qkv[written][:, q_heads + kv_heads :], dtype)))
+    assert same_bits(
+        np.ascontiguousarray(v), np.ascontiguousarray(stored(qkv[written][:, q_heads + kv_heads :], dtype))
+    )
     # What no slot names is as it was.
     key.array[block, :, :, offset] = np.frombuffer(same[0], DTYPES[dtype])[0]
     value.array[block, :, offset] = np.frombuffer(same[1], DTYPES[dtype])[0]
@@ -211,10 +235,15 @@ def test_append(
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_append_rounds_to_nearest_even_and_keeps_special_values(dtype: str) -> None:
-    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 6e-8, 1.00390625, 1.01171875, 1.00048828125, 1e30], np.float32)
+    special = np.array(
+        [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 6e-8, 1.00390625, 1.01171875, 1.00048828125, 1e30],
+        np.float32,
+    )
     qkv = np.concatenate([np.zeros(12, np.float32), special, special])[None]
     key, value = Guarded((1, 1, 12, BLOCK), DTYPES[dtype]), Guarded((1, 1, BLOCK, 12), DTYPES[dtype])
-    Kernel(append, V3, q_heads=1, kv_heads=1, head_dim=12, kv_dtype=dtype)([1], [qkv, np.zeros(1, np.int32), key, value])
+    Kernel(append, V3, q_heads=1, kv_heads=1, head_dim=12, kv_dtype=dtype)(
+        [1], [qkv, np.zeros(1, np.int32), key, value]
+    )
     with np.errstate(over="ignore"):
         expected = stored(special, dtype)
     for got in (key.array[0, 0, :, 0], value.array[0, 0, 0]):

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,27 +18,26 @@ pytestmark = needs_v3
 
 def activation(name: str, x: Array) -> Array:
     """In the dtype of x."""
-    one = x.dtype.type(1)
-    if name == "none":
-        return x
-    if name == "relu":
-        return np.maximum(x, 0)
-    if name == "relu_squared":
-        return np.maximum(x, 0) ** 2
-    if name == "tanh":
-        return np.asarray(np.tanh(x))
-    if name == "sigmoid":
-        return one / (one + np.exp(-x))
-    if name == "silu":
-        return x / (one + np.exp(-x))
-    if name == "gelu_sigmoid":
-        return x / (one + np.exp(-x.dtype.type(1.702) * x))
-    if name == "gelu_tanh":
-        inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
-        return x.dtype.type(0.5) * x * (one + np.tanh(inner))
-    assert name == "gelu_erf"
-    erf = np.vectorize(math.erf, otypes=[np.float64])(x / x.dtype.type(math.sqrt(2))).astype(x.dtype)
-    return x.dtype.type(0.5) * x * (one + erf)
+    number = x.dtype.type
+
+    def erf(z: Array) -> Array:
+        return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(z).astype(x.dtype))
+
+    def cubic(z: Array) -> Array:
+        return np.asarray(number(math.sqrt(2 / math.pi)) * (z + number(0.044715) * z * z * z))
+
+    results: dict[str, Callable[[], Any]] = {
+        "none": lambda: x,
+        "relu": lambda: np.maximum(x, 0),
+        "relu_squared": lambda: np.maximum(x, 0) ** 2,
+        "tanh": lambda: np.tanh(x),
+        "sigmoid": lambda: number(1) / (number(1) + np.exp(-x)),
+        "silu": lambda: x / (number(1) + np.exp(-x)),
+        "gelu_sigmoid": lambda: x / (number(1) + np.exp(number(-1.702) * x)),
+        "gelu_tanh": lambda: number(0.5) * x * (number(1) + np.tanh(cubic(x))),
+        "gelu_erf": lambda: number(0.5) * x * (number(1) + erf(x / number(math.sqrt(2)))),
+    }
+    return np.asarray(results[name]())
 
 
 def run(kernel: Kernel, inputs: list[Array], rows: int, n: int, rows_dim: int, tasks: int) -> Array:
@@ -69,7 +68,16 @@ EPILOGUES = ["none", "relu", "silu", "sigmoid", "tanh", "gelu_erf", "gelu_tanh",
 @example(n=16, k=200, rows=1, dtype="f32", bias=True, residual=True, epilogue="gelu_tanh", rows_dim=0, tasks=2, seed=0)
 @example(n=130, k=33, rows=1, dtype="bf16", bias=True, residual=False, epilogue="gelu_erf", rows_dim=0, tasks=3, seed=1)
 def test_linear(
-    n: int, k: int, rows: int, dtype: str, bias: bool, residual: bool, epilogue: str, rows_dim: int, tasks: int, seed: int
+    n: int,
+    k: int,
+    rows: int,
+    dtype: str,
+    bias: bool,
+    residual: bool,
+    epilogue: str,
+    rows_dim: int,
+    tasks: int,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, k)).astype(np.float32)
@@ -124,7 +132,9 @@ def test_gated_linear(n: int, k: int, rows: int, dtype: str, act: str, tasks: in
 
 
 def test_epilogues_take_extreme_values() -> None:
-    x = np.array([[0.0], [1e-30], [50.0], [-50.0], [88.0], [-88.0], [200.0], [-200.0], [1e30], [-1e30], [np.nan]], np.float32)
+    x = np.array(
+        [[0.0], [1e-30], [50.0], [-50.0], [88.0], [-88.0], [200.0], [-200.0], [1e30], [-1e30], [np.nan]], np.float32
+    )
     w = np.ones((17, 1), np.float32)
     for epilogue in EPILOGUES:
         kernel = Kernel(linear, V3, rows_dim=0, n=17, k=1, weight_dtype="f32", epilogue=epilogue)

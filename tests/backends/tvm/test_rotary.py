@@ -13,7 +13,11 @@ POSITIONS = np.array([0, 1, 2, 3, 63, 64, 65, 511, 4095, 131071, 1048575], np.in
 
 
 @settings(max_examples=4)
-@given(rot_dim=st.integers(1, 64).map(lambda h: 2 * h), scaling=st.sampled_from([1.0, 1.2]), tasks=st.sampled_from([1, 2, 5]))
+@given(
+    rot_dim=st.integers(1, 64).map(lambda h: 2 * h),
+    scaling=st.sampled_from([1.0, 1.2]),
+    tasks=st.sampled_from([1, 2, 5]),
+)
 def test_rotary_table(rot_dim: int, scaling: float, tasks: int) -> None:
     frequencies = (10000.0 ** -(np.arange(0, rot_dim, 2) / rot_dim)).astype(np.float32)
     cos, sin = (Guarded((len(POSITIONS), rot_dim // 2), np.float32) for _ in range(2))
@@ -36,12 +40,16 @@ def test_angles_in_every_quadrant() -> None:
 
 @settings(max_examples=4)
 @given(
-    rot_dim=st.sampled_from([2, 4, 20, 64, 128]), base=st.sampled_from([1e4, 5e5]), factor=st.sampled_from([1.0, 2.0, 7.5]),
+    rot_dim=st.sampled_from([2, 4, 20, 64, 128]),
+    base=st.sampled_from([1e4, 5e5]),
+    factor=st.sampled_from([1.0, 2.0, 7.5]),
     longest=st.sampled_from([64, 2048]),
 )
 def test_dynamic_rotary_table(rot_dim: int, base: float, factor: float, longest: int) -> None:
     cos, sin = (Guarded((len(POSITIONS), rot_dim // 2), np.float32) for _ in range(2))
-    kernel = Kernel(dynamic_rotary_table, V3, rot_dim=rot_dim, base=base, factor=factor, max_position_embeddings=longest)
+    kernel = Kernel(
+        dynamic_rotary_table, V3, rot_dim=rot_dim, base=base, factor=factor, max_position_embeddings=longest
+    )
     kernel([len(POSITIONS)], [POSITIONS, cos, sin], 2)
     angle = f64(POSITIONS.astype(np.float32)[:, None] * dynamic(POSITIONS, rot_dim, base, factor, longest))
     # The frequency is rounded to float32 before the product: the last bit may fall either way on a tie.

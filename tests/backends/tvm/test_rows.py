@@ -23,8 +23,13 @@ SEED = st.integers(0, 1000)
 
 @settings(max_examples=8)
 @given(
-    vocab=st.integers(1, 70), hidden=st.integers(1, 60), tokens=st.integers(1, 9), dtype=st.sampled_from(sorted(DTYPES)),
-    packed=st.booleans(), tasks=TASKS, seed=SEED,
+    vocab=st.integers(1, 70),
+    hidden=st.integers(1, 60),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    packed=st.booleans(),
+    tasks=TASKS,
+    seed=SEED,
 )
 def test_embedding(vocab: int, hidden: int, tokens: int, dtype: str, packed: bool, tasks: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -57,7 +62,11 @@ def normalised(h: Array, w: Array, b: Array | None, eps: float) -> Array:
 @given(
     kind=st.sampled_from(["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"]),
     hidden=st.one_of(st.integers(1, 80), st.sampled_from([256, 1000])),
-    count=st.integers(1, 9), rows_dim=st.sampled_from([0, 3]), offset=st.sampled_from([0.0, 30.0]), tasks=TASKS, seed=SEED,
+    count=st.integers(1, 9),
+    rows_dim=st.sampled_from([0, 3]),
+    offset=st.sampled_from([0.0, 30.0]),
+    tasks=TASKS,
+    seed=SEED,
 )
 def test_norms(kind: str, hidden: int, count: int, rows_dim: int, offset: float, tasks: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -94,8 +103,12 @@ def test_layer_norm_without_bias() -> None:
 
 @settings(max_examples=8)
 @given(
-    kind=st.sampled_from(["add", "multiply", "scale"]), width=st.integers(1, 40), count=st.integers(1, 9), tasks=TASKS,
-    rows_dim=st.sampled_from([0, 3]), seed=SEED,
+    kind=st.sampled_from(["add", "multiply", "scale"]),
+    width=st.integers(1, 40),
+    count=st.integers(1, 9),
+    tasks=TASKS,
+    rows_dim=st.sampled_from([0, 3]),
+    seed=SEED,
 )
 def test_elementwise(kind: str, width: int, count: int, tasks: int, rows_dim: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -145,6 +158,13 @@ def test_argmax_is_the_first_maximum(n: int, levels: int, tasks: int, seed: int)
 
 def test_argmax_of_special_values() -> None:
     nan, inf = np.nan, np.inf
-    cases = [[nan] * 17, [nan, -inf] + [nan] * 15, [-0.0, 0.0] + [-1.0] * 15, [nan] * 16 + [-5.0], [-inf] * 17, [1.0, inf] * 8 + [inf]]
+    cases = [
+        [nan] * 17,
+        [nan, -inf] + [nan] * 15,
+        [-0.0, 0.0] + [-1.0] * 15,
+        [nan] * 16 + [-5.0],
+        [-inf] * 17,
+        [1.0, inf] * 8 + [inf],
+    ]
     assert greedy(np.array(cases, np.float32)) == [0, 1, 0, 16, 0, 1]
     assert greedy(-np.array([cases[0]], np.float32)) == [0]
