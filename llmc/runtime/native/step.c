@@ -5,57 +5,57 @@
 #include "sync.h"
 
 /* Pointers of a kernel with n of them: as types, and as values. */
-#define T1 void *
-#define T2 T1, void *
-#define T3 T2, void *
-#define T4 T3, void *
-#define T5 T4, void *
-#define T6 T5, void *
-#define T7 T6, void *
-#define T8 T7, void *
-#define T9 T8, void *
-#define T10 T9, void *
-#define T11 T10, void *
-#define T12 T11, void *
-#define T13 T12, void *
-#define T14 T13, void *
-#define T15 T14, void *
-#define T16 T15, void *
-#define T17 T16, void *
-#define T18 T17, void *
-#define T19 T18, void *
-#define T20 T19, void *
-#define T21 T20, void *
-#define T22 T21, void *
-#define T23 T22, void *
-#define T24 T23, void *
-#define V1 a[0]
-#define V2 V1, a[1]
-#define V3 V2, a[2]
-#define V4 V3, a[3]
-#define V5 V4, a[4]
-#define V6 V5, a[5]
-#define V7 V6, a[6]
-#define V8 V7, a[7]
-#define V9 V8, a[8]
-#define V10 V9, a[9]
-#define V11 V10, a[10]
-#define V12 V11, a[11]
-#define V13 V12, a[12]
-#define V14 V13, a[13]
-#define V15 V14, a[14]
-#define V16 V15, a[15]
-#define V17 V16, a[16]
-#define V18 V17, a[17]
-#define V19 V18, a[18]
-#define V20 V19, a[19]
-#define V21 V20, a[20]
-#define V22 V21, a[21]
-#define V23 V22, a[22]
-#define V24 V23, a[23]
+#define POINTERS1 void *
+#define POINTERS2 POINTERS1, void *
+#define POINTERS3 POINTERS2, void *
+#define POINTERS4 POINTERS3, void *
+#define POINTERS5 POINTERS4, void *
+#define POINTERS6 POINTERS5, void *
+#define POINTERS7 POINTERS6, void *
+#define POINTERS8 POINTERS7, void *
+#define POINTERS9 POINTERS8, void *
+#define POINTERS10 POINTERS9, void *
+#define POINTERS11 POINTERS10, void *
+#define POINTERS12 POINTERS11, void *
+#define POINTERS13 POINTERS12, void *
+#define POINTERS14 POINTERS13, void *
+#define POINTERS15 POINTERS14, void *
+#define POINTERS16 POINTERS15, void *
+#define POINTERS17 POINTERS16, void *
+#define POINTERS18 POINTERS17, void *
+#define POINTERS19 POINTERS18, void *
+#define POINTERS20 POINTERS19, void *
+#define POINTERS21 POINTERS20, void *
+#define POINTERS22 POINTERS21, void *
+#define POINTERS23 POINTERS22, void *
+#define POINTERS24 POINTERS23, void *
+#define VALUES1 a[0]
+#define VALUES2 VALUES1, a[1]
+#define VALUES3 VALUES2, a[2]
+#define VALUES4 VALUES3, a[3]
+#define VALUES5 VALUES4, a[4]
+#define VALUES6 VALUES5, a[5]
+#define VALUES7 VALUES6, a[6]
+#define VALUES8 VALUES7, a[7]
+#define VALUES9 VALUES8, a[8]
+#define VALUES10 VALUES9, a[9]
+#define VALUES11 VALUES10, a[10]
+#define VALUES12 VALUES11, a[11]
+#define VALUES13 VALUES12, a[12]
+#define VALUES14 VALUES13, a[13]
+#define VALUES15 VALUES14, a[14]
+#define VALUES16 VALUES15, a[15]
+#define VALUES17 VALUES16, a[16]
+#define VALUES18 VALUES17, a[17]
+#define VALUES19 VALUES18, a[18]
+#define VALUES20 VALUES19, a[19]
+#define VALUES21 VALUES20, a[20]
+#define VALUES22 VALUES21, a[21]
+#define VALUES23 VALUES22, a[22]
+#define VALUES24 VALUES23, a[23]
 
 #define CASE(n) \
-  case n: ((void (*)(int32_t, int32_t, const int32_t *, T##n))kernel)(task, tasks, dims, V##n); break;
+  case n: ((void (*)(int32_t, int32_t, const int32_t *, POINTERS##n))kernel)(task, tasks, dims, VALUES##n); break;
 
 static void call(void *kernel, int32_t count, int32_t task, int32_t tasks, const int32_t *dims, void *const *a) {
   switch (count) {
