@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from llmc.backends.base import Kernels, KernelSpec
 from llmc.backends.tvm.compile import compile_kernel, link
-from llmc.backends.tvm.isa import ISAS
+from llmc.backends.tvm.isa import ISAS, Isa
 from llmc.backends.tvm.kernels import attention, cache, elementwise, embedding, linear, norm, rotary, rows
 from llmc.ir.target import CpuVariant
 
@@ -36,6 +37,12 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 
 
+@functools.cache
+def _object(spec: KernelSpec, isa: Isa) -> bytes:
+    """A kernel's object code; a process that compiles several models makes each kernel once."""
+    return compile_kernel(_MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
+
+
 def compile_specs(specs: Iterable[KernelSpec], variants: Iterable[CpuVariant], scratch: Path) -> Kernels:
     """One library for each variant, with every kernel and the native runtime.
 
@@ -50,7 +57,7 @@ def compile_specs(specs: Iterable[KernelSpec], variants: Iterable[CpuVariant], s
         objects: dict[str, bytes] = {}
         for spec in distinct:
             start = time.perf_counter()
-            objects[spec.symbol] = compile_kernel(_MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
+            objects[spec.symbol] = _object(spec, isa)
             seconds[spec.symbol] = max(seconds.get(spec.symbol, 0.0), time.perf_counter() - start)
         library = scratch / f"kernels-{variant.name}.so"
         link(objects, isa, library)

@@ -55,9 +55,19 @@ def change_config(model: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data and len(old) == len(new)
+    path.write_bytes(data.replace(old, new, 1))
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ("safetensors",)),
     "truncated weights": (lambda m: os.truncate(m / "model.safetensors", 100_000), ("model.safetensors",)),
+    "wrong dtype": (
+        lambda m: replace_bytes(m / "model.safetensors", b'"dtype":"BF16"', b'"dtype":"I16" '),
+        ("I16", "BF16"),
+    ),
     "wrong shape": (lambda m: change_config(m, intermediate_size=700), ("gate_proj", "704", "700")),
     "missing tensors": (lambda m: change_config(m, num_hidden_layers=7), ("model.layers.6",)),
     "unused tensors": (lambda m: change_config(m, num_hidden_layers=5), ("model.layers.5",)),

@@ -17,11 +17,8 @@ PICOCODE = REPOSITORY / "examples" / "picocode"
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and "__pycache__" not in p.parts
-    }
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def test_two_compiles_give_equal_bytes(tmp_path: Path) -> None:
@@ -35,6 +32,10 @@ def test_two_compiles_give_equal_bytes(tmp_path: Path) -> None:
         assert len(wheels) == 1
         made.append((hashes(output), wheels[0].name, hashlib.sha256(wheels[0].read_bytes()).hexdigest()))
     assert made[0] == made[1]
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheels[0])]
+    subprocess.run(pip, check=True)
+    assert hashes(target / "picocode") == made[0][0]
     listed = json.loads((output / "manifest.json").read_text())["files"]
     assert {n: f["sha256"] for n, f in listed.items()} == {k: v for k, v in made[0][0].items() if k != "manifest.json"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 import weakref
 
 import ml_dtypes
@@ -121,6 +122,20 @@ def test_weights_stream_through() -> None:
     assert result.outputs["out"][0] == 10.0
     assert len(alive) == 20
     assert most <= 3
+
+
+def test_values_are_dropped_when_nothing_needs_them() -> None:
+    b = Builder("g")
+    x = first = b.input("x", F32, (100_000,))
+    for _ in range(30):
+        x = b.neg(x)
+    tracemalloc.start()
+    try:
+        interpret(b.graph({"out": b.add(x, first)}), {"x": np.ones(100_000)}, {})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * 800_000
 
 
 def test_the_pack_program_moves_storage_and_computes_in_float64() -> None:

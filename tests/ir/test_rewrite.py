@@ -254,7 +254,9 @@ def test_two_matches_that_wait_for_each_other() -> None:
     with b.at("1"):
         last = b.neg(two)
     graph = b.graph({"a": later, "b": last})
-    done = rewrite(graph, [Joined()])
+    budget = Budget(5)
+    done = rewrite(graph, [Joined()], budget)
+    assert budget.remaining == 4
     verify(done.graph)
     assert ops(done.graph).count("both") == 1
     assert sorted(ops(done.graph)) == ["both", "exp", "neg"]

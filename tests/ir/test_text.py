@@ -59,13 +59,15 @@ LAYERS = st.lists(
 
 
 @settings(max_examples=150)
-@given(LAYERS, st.integers(0, 3), st.booleans())
-def test_layers_of_any_kind_round_trip(layers: list[tuple[int, bool, bool, str]], start: int, last: bool) -> None:
-    """Layers that differ, skip numbers, read each other's values or only the input, with states of their own."""
+@given(LAYERS, st.integers(0, 3), st.integers(-1, 7))
+def test_layers_of_any_kind_round_trip(layers: list[tuple[int, bool, bool, str]], start: int, tap: int) -> None:
+    """Layers that differ, skip numbers, read each other's values or only the first, with states of their own; the
+    value of any layer may be a result."""
     b = Builder("g")
     tokens = symbol("t", 1, 9)
-    first = x = b.input("x", F32, (tokens, 4))
+    first = x = b.exp(b.input("x", F32, (tokens, 4)))
     previous = x
+    made_by = [x]
     following: dict[str, Value] = {}
     number = start
     for skip, with_state, far, name in layers:
@@ -82,13 +84,24 @@ def test_layers_of_any_kind_round_trip(layers: list[tuple[int, bool, bool, str]]
                 made = b.kv_append(y, x, slots, key, value, num_kv_heads=1, head_dim=4)
                 following |= {f"{name}.{number}.key": made[0], f"{name}.{number}.value": made[1]}
             x = b.exp(y)
-    outputs = {"x": x, "first": first} if last else {"x": x, "previous": previous}
+            made_by += [x]
+    outputs = {"x": x, **({"tap": made_by[min(tap, len(layers))], "previous": previous} if tap >= 0 else {})}
     graph = b.graph(outputs, following)
     verify(graph)
     text = str(graph)
     assert parse(text) == graph
     assert str(parse(text)) == text
     assert parse(print_graph(graph, fold=False)) == graph
+
+
+def test_two_carried_values_that_start_as_one() -> None:
+    b = Builder("g")
+    x = y = b.exp(b.input("x", F32, (4,)))
+    for layer in range(4):
+        with b.at(f"layers.{layer}"):
+            x, y = b.neg(x), b.sin(y)
+    graph = b.graph({"x": x, "y": y})
+    assert parse(str(graph)) == graph
 
 
 @pytest.mark.parametrize("dtype", list(DType))

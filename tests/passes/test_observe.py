@@ -20,8 +20,9 @@ from llmc.passes.base import Pass, PassContext, Pipeline
 from llmc.passes.constants import ConstantFolder
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, relative_error
 from llmc.passes.opt import optimize_file
-from llmc.passes.pipelines import COMMON, step_pipeline
-from tests.passes.graphs import F32, Model, rotary_model
+from llmc.passes.pipelines import COMMON, entry_pipeline, step_pipeline
+from llmc.passes.trials import random_trial
+from tests.passes.graphs import F32, Model, learned_model, rotary_model
 
 
 @pytest.fixture
@@ -131,6 +132,25 @@ def test_given_weights_are_used() -> None:
 
     COMMON.run(model, observer=NumericsCheck(load))
     assert asked == shapes.keys()
+
+
+def test_a_batch_for_trials() -> None:
+    """Slots agree with block tables, ids fit their tables, and what belongs to no sequence is NaN."""
+    step = step_pipeline(DType.F16, 4).run(learned_model())
+    for seed in range(20):
+        trial = random_trial(step, seed)
+        tables, positions, starts = (trial.inputs[n] for n in ("block_tables", "positions", "query_start"))
+        owner = np.repeat(np.arange(len(tables)), np.diff(starts))
+        assert positions.max() < 64
+        np.testing.assert_array_equal(trial.inputs["slot_mapping"] // 4, tables[owner, positions // 4])
+        assert len(set(trial.inputs["slot_mapping"])) == len(positions)
+        owned = {
+            block for s, last in zip(tables, positions[starts[1:] - 1], strict=True) for block in s[: last // 4 + 1]
+        }
+        for state in trial.states.values():
+            assert {i for i, block in enumerate(state) if not np.isnan(block).any()} == owned
+    decode = entry_pipeline("decode", sequences=3).run(step)
+    assert len(random_trial(decode).inputs["query_start"]) == 4
 
 
 def test_relative_error() -> None:
