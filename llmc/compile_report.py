@@ -25,6 +25,8 @@ class CompileReport:
     kernel_seconds: dict[str, float] = field(default_factory=dict)
     passes: list[dict[str, Any]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By entry point, bytes of the arena: `peak` as planned, `naive` if no two values shared memory."""
     wheel: Path | None = None
     peak_memory: int = 0
 
@@ -60,6 +62,7 @@ class CompileReport:
             "kernel_seconds": self.kernel_seconds,
             "passes": self.passes,
             "sizes": self.sizes,
+            "memory": self.memory,
             "wheel": str(self.wheel) if self.wheel else None,
             "peak_memory": self.peak_memory,
         }

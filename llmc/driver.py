@@ -58,6 +58,7 @@ def compile_model(
             lowered = backend.lower(step)
             verify(lowered)
             entries = [backend.plan(e, g) for e, g in specialised(lowered, options.limits)]
+        report.memory = {e.name: {"peak": e.memory.peak, "naive": e.memory.naive} for e in entries}
         with report.phase("kernels"):
             kernels = backend.compile(entries, Path(scratch))
             report.kernel_seconds = dict(kernels.seconds)

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeAlias
 from llmc.ir.errors import LlmcError, ParseError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.op import Array
+from llmc.ir.pattern import NoMatch
 from llmc.ir.printer import attribute_text
-from llmc.ir.rewrite import Budget, NoMatch, Rule, rewrite
+from llmc.ir.rewrite import Budget, Rule, rewrite
 from llmc.ir.text import parse_attribute, split
 from llmc.ir.types import DType
 from llmc.ir.verify import STAGES

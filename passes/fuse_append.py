@@ -10,7 +10,8 @@ from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.cache import KvAppend, QkvAppend, RopeAppend
 from llmc.ir.ops.rope import Rope
 from llmc.ir.ops.shape import Slice
-from llmc.ir.rewrite import Match, NoMatch, Rule
+from llmc.ir.pattern import Match, NoMatch
+from llmc.ir.rewrite import Rule
 from llmc.passes.base import Pass, PassContext
 
 

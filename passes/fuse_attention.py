@@ -11,7 +11,8 @@ from llmc.ir.ops.elementwise import GreaterEqual, LogicalAnd, Mask, MulScalar
 from llmc.ir.ops.linear import Matmul
 from llmc.ir.ops.reduce import Softmax
 from llmc.ir.ops.shape import Expand, Reshape, Transpose
-from llmc.ir.rewrite import Match, NoMatch, Rule
+from llmc.ir.pattern import Match, NoMatch
+from llmc.ir.rewrite import Rule
 from llmc.ir.types import Dim, DType, TensorType
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.views import reshaped, through_reshapes, through_transposes

@@ -10,7 +10,8 @@ from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.elementwise import ACTIVATIONS, GeluErf, GeluTanh, Mul, Silu
 from llmc.ir.ops.linear import Linear
 from llmc.ir.ops.shape import Slice
-from llmc.ir.rewrite import Fuse, Match, NoMatch, Rule
+from llmc.ir.pattern import Match, NoMatch
+from llmc.ir.rewrite import Fuse, Rule
 from llmc.passes.base import Pass, PassContext, common_place
 
 _NAMES = {kind: name for name, kind in ACTIVATIONS.items()}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from llmc.ir.graph import Graph
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
-from llmc.ir.rewrite import Fuse, Match, NoMatch
+from llmc.ir.pattern import Match, NoMatch
+from llmc.ir.rewrite import Fuse
 from llmc.passes.base import Pass, PassContext
 
 

@@ -10,7 +10,8 @@ from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Op, Value
 from llmc.ir.ops.elementwise import Cast, Cos, Mul, MulScalar, Sin
 from llmc.ir.ops.shape import Reshape, Slice
-from llmc.ir.rewrite import Match, NoMatch, PatternRule, Rule, Var
+from llmc.ir.pattern import Match, NoMatch, Var
+from llmc.ir.rewrite import PatternRule, Rule
 from llmc.ir.types import DType, TensorType
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.views import reshaped

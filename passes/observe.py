@@ -131,6 +131,7 @@ class NumericsCheck:
         self.load = load
         self.seed = seed
         self.trial: Trial | None = None
+        self.last: tuple[Graph, Trial, dict[str, Array]] | None = None
         self.errors: list[tuple[str, float]] = []
         """Largest relative difference after each pass."""
 
@@ -140,7 +141,10 @@ class NumericsCheck:
         ours, theirs = step.trials(left, right, given)
         self.trial = theirs
         worst = 0.0
-        expected, actual = self._run(left, ours), self._run(right, theirs)
+        known = self.last is not None and self.last[0] is before and self.last[1] is ours
+        expected = self.last[2] if known and self.last is not None else self._run(left, ours)
+        actual = self._run(right, theirs)
+        self.last = (after, theirs, actual)
         for name in expected.keys() & actual.keys():
             error = relative_error(expected[name], actual[name])
             if not error <= step.tolerance:

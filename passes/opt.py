@@ -9,7 +9,7 @@ from pathlib import Path
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.op import ConstantData
-from llmc.ir.rewrite import NoMatch
+from llmc.ir.pattern import NoMatch
 from llmc.ir.text import parse
 from llmc.ir.verify import verify
 from llmc.passes.base import PassContext, Record

@@ -8,7 +8,8 @@ from typing import Any
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.linear import Linear
-from llmc.ir.rewrite import Match, NoMatch, Rule
+from llmc.ir.pattern import Match, NoMatch
+from llmc.ir.rewrite import Rule
 from llmc.passes.base import Pass, PassContext, common_place
 
 

@@ -10,7 +10,8 @@ from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.elementwise import Add, Cast
 from llmc.ir.ops.linear import Linear, Matmul
 from llmc.ir.ops.shape import Transpose
-from llmc.ir.rewrite import Match, NoMatch, Rule
+from llmc.ir.pattern import Match, NoMatch
+from llmc.ir.rewrite import Rule
 from llmc.ir.types import DType
 from llmc.passes.base import Pass, PassContext
 

@@ -34,6 +34,10 @@ LINK_FLAGS = (
     "-Wl,--hash-style=gnu",
 )
 
+# Else LLVM moves the constants of an activation out of all loops, where they take registers from a matrix product's
+# sums: a gated product with silu ran at 25 % of the peak, and at 93 % without.
+LLVM_OPTIONS = ("-disable-machine-licm:bool=1",)
+
 
 def native_sources() -> list[Path]:
     """The C files of the runtime, in name order."""
@@ -46,7 +50,9 @@ def compile_kernel(func: Any, isa: Isa) -> bytes:
     The passes are the few that a kernel written at this level needs. The default pipeline would add a packed calling
     convention, and turn large local arrays into calls of TVM's runtime, which packages do not have.
     """
-    target = tvm.target.Target({"kind": "llvm", "mcpu": isa.mcpu, "mattr": list(isa.features)})
+    target = tvm.target.Target(
+        {"kind": "llvm", "mcpu": isa.mcpu, "mattr": list(isa.features), "cl-opt": list(LLVM_OPTIONS)}
+    )
     passes = tvm.transform.Sequential(
         [
             tirx.transform.BindTarget(target.with_host(target)),

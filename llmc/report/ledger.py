@@ -24,6 +24,8 @@ def print_compile_report(report: CompileReport) -> None:
         f" KV cache {sizes['kv_bytes_per_token']:,} bytes a token, peak memory {report.peak_memory / 1e6:.0f} MB",
         soft_wrap=True,
     )
+    peak, naive = (max(plan[which] for plan in report.memory.values()) for which in ("peak", "naive"))
+    console.print(f"arena {peak / 1e6:.1f} MB for the largest step, {naive / 1e6:.1f} MB if no two values shared memory")
     if report.wheel:
         console.print(f"wheel: {report.wheel.name}", soft_wrap=True)
 

@@ -12,7 +12,8 @@ from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Op, Value
 from llmc.ir.ops.elementwise import Add, AddScalar, Exp, Mul, MulScalar, Neg, Silu
 from llmc.ir.ops.norm import AddRmsNorm, RmsNorm
-from llmc.ir.rewrite import Budget, Fuse, Match, NoMatch, PatternRule, Rule, Var, rewrite, trace
+from llmc.ir.pattern import Match, NoMatch, Var, trace
+from llmc.ir.rewrite import Budget, Fuse, PatternRule, Rule, rewrite
 from llmc.ir.types import DType
 from llmc.ir.verify import verify
 
@@ -82,7 +83,7 @@ def test_a_hole_that_occurs_twice_is_one_value() -> None:
     done = rewrite(b.graph({"out": b.add(x, y)}), [Doubled()])
     assert done.counts == {"doubled": 0}
     (refusal,) = done.refusals["doubled"]
-    assert (refusal.reason, refusal.depth) == ("want add, found add", 0) or "occurs twice" in refusal.reason
+    assert "a value occurs twice in the pattern but not here" in refusal.reason
 
 
 def test_attributes_bind_like_holes() -> None:
@@ -205,12 +206,6 @@ class Both(Op):
         return b.exp(x), b.neg(y)
 
 
-@pytest.fixture(autouse=True)
-def _forget_test_ops() -> Any:
-    yield
-    assert Op.registry["both"] is Both
-
-
 @pytest.mark.parametrize("between", [True, False])
 def test_a_rewrite_that_would_depend_on_itself_is_refused(between: bool) -> None:
     """With b made from exp(a), the joined node would need its own result."""
@@ -310,7 +305,7 @@ def test_a_budget_is_never_exceeded(limit: int) -> None:
     possible = 2  # neg(x) + neg(x) are two nodes, not one value twice
     assert done.counts == {"doubled": min(limit, possible)}
     assert ops(done.graph).count("mul_scalar") == min(limit, possible)
-    assert budget.spent is (limit <= possible - 1 or limit == possible)
+    assert budget.spent is (limit <= possible)
     verify(done.graph)
 
 

@@ -99,8 +99,20 @@ def test_two_carried_values_that_start_as_one() -> None:
     x = y = b.exp(b.input("x", F32, (4,)))
     for layer in range(4):
         with b.at(f"layers.{layer}"):
-            x, y = b.neg(x), b.sin(y)
+            total = b.add(x, y)
+            x, y = b.neg(total), b.sin(total)
     graph = b.graph({"x": x, "y": y})
+    assert parse(str(graph)) == graph
+
+
+@pytest.mark.parametrize("tap", range(5))
+def test_a_result_from_among_the_layers(tap: int) -> None:
+    b = Builder("g")
+    values = [b.exp(b.input("x", F32, (4,)))]
+    for layer in range(4):
+        with b.at(f"layers.{layer}"):
+            values.append(b.neg(values[-1]))
+    graph = b.graph({"out": values[-1], "tap": values[tap]})
     assert parse(str(graph)) == graph
 
 

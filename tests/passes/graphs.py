@@ -13,7 +13,7 @@ from llmc.ir.ops.attention import Attention
 from llmc.ir.ops.elementwise import GeluTanh, Silu
 from llmc.ir.ops.linear import Linear
 from llmc.ir.ops.norm import LayerNorm, RmsNorm
-from llmc.ir.ops.rope import Rope, RotaryTable
+from llmc.ir.ops.rope import DynamicFrequencies, Rope, RotaryTable
 from llmc.ir.types import DType, symbol
 
 F32 = DType.F32
@@ -53,9 +53,13 @@ class Model(Builder):
                 y = self.add(y, self.weight(rows, name="bias"))
         return y
 
-    def table(self, width: int, scaling: float = 1.0) -> tuple[Value, Value]:
-        """Cosines and sines of the positions."""
-        frequencies = self.constant(1 / 10000 ** (np.arange(0, width, 2) / width), F32)
+    def table(self, width: int, scaling: float = 1.0, dynamic: bool = False) -> tuple[Value, Value]:
+        """Cosines and sines of the positions; the frequencies may depend on these too."""
+        if dynamic:
+            places = self.cast(self.positions, dtype=F32)
+            frequencies = self(DynamicFrequencies(10000.0, 2.0, 4, width), places)
+        else:
+            frequencies = self.constant(1 / 10000 ** (np.arange(0, width, 2) / width), F32)
         cos, sin = RotaryTable(scaling).decompose(self, self.positions, frequencies)
         return cos, sin
 
@@ -69,6 +73,7 @@ def rotary_model(
     layout: str = "half",
     weights: DType = F32,
     qkv_bias: bool = False,
+    dynamic: bool = False,
 ) -> Graph:
     """RMS norms, rotary positions, grouped queries, gated SiLU, tied head; vocabulary 11."""
     b = Model(weights)
@@ -77,7 +82,7 @@ def rotary_model(
     with b.at("embed"):
         x = b.embedding(b.token_ids, table, dtype=F32)
     with b.at("rotary"):
-        cos, sin = b.table(rotary)
+        cos, sin = b.table(rotary, dynamic=dynamic)
     for layer in range(layers):
         with b.at(f"layers.{layer}"):
             with b.at("attention_norm"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmc.importers.hf import import_model
 from llmc.ir.errors import LlmcError
@@ -35,17 +37,18 @@ def scaled(per_layer: Counter[str], layers: int, rest: Counter[str]) -> Counter[
     return Counter({k: n * layers for k, n in per_layer.items()}) + rest
 
 
-def check_counts(step: Graph, context: PassContext, layers: int) -> None:
-    """The final ops of a step, and the firings that made them."""
+def check_counts(step: Graph, context: PassContext, layers: int, more: Counter[str] | None = None) -> None:
+    """The final ops of a step (and `more`), and the firings that made them."""
     if context.counts["rotary-table"]:
         # The first norm has no addition before it; the last one, after the layers, has.
-        assert counts(step) == scaled(ROTARY_LAYER, layers, ROTARY_REST)
+        assert counts(step) == scaled(ROTARY_LAYER, layers, ROTARY_REST + (more or Counter()))
         expected = {**{k: n * layers for k, n in ROTARY_FIRINGS.items()}, "rotary-table": 1, "rms-norm": 2 * layers + 1}
     else:
         assert counts(step) == scaled(LEARNED_LAYER, layers, LEARNED_REST)
         expected = {**{k: n * layers for k, n in LEARNED_FIRINGS.items()}, "layer-norm": 2 * layers + 1}
-    fired = {k: n for k, n in context.counts.items() if n}
-    assert {k: fired.get(k, 0) for k in expected} == expected
+    fired = Counter(context.counts)
+    fired["rope"] += sum(fired[k] for k in ("rope-part", "rope-interleaved", "rope-interleaved-part"))
+    assert {k: fired[k] for k in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,38 @@ def test_every_rotation_is_recognised(rotary: int, layout: str) -> None:
     (append,) = {n.op for n in step.nodes if n.op.name == "rope_append"}
     assert getattr(append, "rotary_dim", None) == rotary
     assert getattr(append, "layout", None) == layout
+
+
+def test_frequencies_that_depend_on_positions() -> None:
+    step = step_pipeline(DType.F32).run(rotary_model(dynamic=True), observer=together(Verifier(), NumericsCheck()))
+    assert counts(step) == scaled(ROTARY_LAYER, 2, ROTARY_REST + Counter({"cast": 1, "dynamic_frequencies": 1}))
+
+
+@settings(max_examples=20)
+@given(
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 2), (7, 1)]),
+    width=st.sampled_from([(2, 2), (4, 2), (6, 6), (10, 4)]),
+    layout=st.sampled_from(["half", "interleaved"]),
+    weights=st.sampled_from([DType.F32, DType.BF16]),
+    bias=st.booleans(),
+    dynamic=st.booleans(),
+)
+def test_models_of_any_size(
+    layers: int,
+    heads: tuple[int, int],
+    width: tuple[int, int],
+    layout: str,
+    weights: DType,
+    bias: bool,
+    dynamic: bool,
+) -> None:
+    dynamic = dynamic and width[1] > 2  # its exponent is d / (d - 2)
+    model = rotary_model(layers, *heads, *width, layout, weights, bias, dynamic)
+    context = PassContext()
+    step = step_pipeline(DType.F16).run(model, context, together(Verifier(), NumericsCheck()))
+    check_counts(step, context, layers, Counter({"cast": 1, "dynamic_frequencies": 1}) if dynamic else Counter())
+    entry_pipeline("decode", sequences=5).run(step, observer=together(Verifier(), NumericsCheck()))
 
 
 def test_nothing_else_is_in_a_layer() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.cache import BLOCK
+from llmc.backends.tvm.kernels.linear import CHAINS
 from llmc.backends.tvm.kernels.math import exp
 from llmc.backends.tvm.kernels.vector import (
     STORAGE,
@@ -41,8 +42,8 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
     G = q_heads // kv_heads
     stride = query_stride or q_heads * head_dim
     storage = STORAGE[kv_dtype]
-    most = 4 if isa.lanes <= 8 else 8
-    registers = 12 if isa.lanes <= 8 else 24
+    most = isa.row_tile
+    registers = 12 if isa.lanes <= 8 else 24  # for sums of weighted values
     tokens = max(1, most // G)  # of one tile
     chunks = -(-G // most)  # of a group of heads, when it is larger than a tile
     if chunks == 1:
@@ -50,6 +51,9 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
     else:
         heights = sorted({G * (c + 1) // chunks - G * c // chunks for c in range(chunks)})
     rows_at_most = heights[-1]
+    # A tile of few rows takes several blocks of keys at once, as `linear` takes panels. {rows: blocks}
+    groups = {h: CHAINS // (h * VK) for h in heights if CHAINS // (h * VK) > 1}
+    few = max(groups, default=0)
     whole, tail = head_dim // L, head_dim % L
 
     def for_height(here, inline, *where):
@@ -59,27 +63,42 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
                 inline(*where, height)
 
     @T.inline
-    def scores(Q, K, W, query, block, column, head, height):
-        """W[row, column..column+16] = scale · q · keys of one block."""
-        acc = T.alloc_buffer((height * BLOCK,), "float32", scope="local")
-        for i in T.unroll(height * VK):
+    def scores(Q, K, B, W, query, table, column, head, height, blocks):
+        """W[row, column..column + 16 · blocks] = scale · q · keys, of blocks that begin at B[table + column / 16]."""
+        acc = T.alloc_buffer((height * blocks * BLOCK,), "float32", scope="local")
+        keys = T.alloc_buffer((blocks * BLOCK,), "float32", scope="local")
+        base = T.alloc_buffer((blocks,), "int64", scope="local")
+        for i in T.unroll(height * blocks * VK):
             acc[at(i * L, L)] = f32(0.0, L)
-        base: T.let = (T.Cast("int64", block) * kv_heads + head) * T.int64(head_dim * BLOCK)
+        for b in T.unroll(blocks):
+            block: T.let = T.Cast("int64", B[table + T.truncdiv(column, BLOCK) + b])
+            base[b] = (block * kv_heads + head) * T.int64(head_dim * BLOCK)
         for d in T.serial(head_dim):
-            for v in T.unroll(VK):
-                k: T.let = decode(load(K, base + T.Cast("int64", d * BLOCK + v * L), L), kv_dtype, L)
-                for r in T.unroll(height):
-                    acc[at((r * VK + v) * L, L)] = fma(
-                        splat(Q[query + r // G * stride + r % G * head_dim + d], L), k, acc[at((r * VK + v) * L, L)]
+            for i in T.unroll(blocks * VK):
+                keys[at(i * L, L)] = decode(
+                    load(K, base[i // VK] + T.Cast("int64", d * BLOCK + i % VK * L), L), kv_dtype, L
+                )
+            for r in T.unroll(height):
+                x: T.let = splat(Q[query + r // G * stride + r % G * head_dim + d], L)
+                for i in T.unroll(blocks * VK):
+                    acc[at((r * blocks * VK + i) * L, L)] = fma(
+                        x, load(keys, i * L, L), acc[at((r * blocks * VK + i) * L, L)]
                     )
         for r in T.unroll(height):
-            for v in T.unroll(VK):
-                W[at(r * SEGMENT + column + v * L, L)] = acc[at((r * VK + v) * L, L)] * f32(scale, L)
+            for i in T.unroll(blocks * VK):
+                W[at(r * SEGMENT + column + i * L, L)] = acc[at((r * blocks * VK + i) * L, L)] * f32(scale, L)
+
+    def scores_of(height, widths, *where):
+        """`scores` of as many rows as `height` says: one unrolled copy for each of {rows: blocks}."""
+        for rows, blocks in widths.items():
+            with T.If(height == rows), T.Then():
+                scores(*where, rows, blocks)
 
     @T.inline
     def values(V, B, W, A, Y, table, head, start, result, position, lanes, C, first, height):
         """Y[rows, first..first+C·lanes] = their values, weighted, combined with those of the segments before."""
         acc = T.alloc_buffer((height * C * lanes,), "float32", scope="local")
+        of_key = T.alloc_buffer((C * lanes,), "float32", scope="local")
         for i in T.unroll(height * C):
             acc[at(i * lanes, lanes)] = f32(0.0, lanes)
         common: T.let = T.max(0, T.min(SEGMENT, position + 1 - start))
@@ -89,12 +108,14 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
             )
             for j in T.serial(T.min(BLOCK, common - b * BLOCK)):
                 for c in T.unroll(C):
-                    v: T.let = decode(
+                    of_key[at(c * lanes, lanes)] = decode(
                         load(V, base + T.Cast("int64", j * head_dim + first + c * lanes), lanes), kv_dtype, lanes
                     )
-                    for r in T.unroll(height):
+                for r in T.unroll(height):
+                    weight: T.let = splat(W[r * SEGMENT + b * BLOCK + j], lanes)
+                    for c in T.unroll(C):
                         acc[at((r * C + c) * lanes, lanes)] = fma(
-                            splat(W[r * SEGMENT + b * BLOCK + j], lanes), v, acc[at((r * C + c) * lanes, lanes)]
+                            weight, load(of_key, c * lanes, lanes), acc[at((r * C + c) * lanes, lanes)]
                         )
         # Later tokens of the tile see a few keys more.
         for r in T.unroll(height):
@@ -204,10 +225,15 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
                 last: T.let = position + T.min(tokens, many - t) - 1
                 for g in T.serial(T.truncdiv(last, SEGMENT) + 1):
                     start: T.let = g * SEGMENT
-                    for b in T.serial(T.min(SEGMENT // BLOCK, T.truncdiv(last - start, BLOCK) + 1)):
-                        for_height(
-                            height, scores, Q, K, W, query, B[table + g * (SEGMENT // BLOCK) + b], b * BLOCK, head
-                        )
+                    first_block: T.let = table + g * (SEGMENT // BLOCK)
+                    blocks: T.let = T.min(SEGMENT // BLOCK, T.truncdiv(last - start, BLOCK) + 1)
+                    wide: T.let = T.truncdiv(CHAINS // VK, height)
+                    grouped: T.let = T.Select(height <= few, T.truncdiv(blocks, T.max(wide, 1)), 0)
+                    for b in T.serial(grouped):
+                        scores_of(height, groups, Q, K, B, W, query, first_block, b * wide * BLOCK, head)
+                    for b in T.serial(blocks - grouped * wide):
+                        column: T.let = (grouped * wide + b) * BLOCK
+                        scores_of(height, dict.fromkeys(heights, 1), Q, K, B, W, query, first_block, column, head)
                     for r in T.serial(height):
                         valid: T.let = T.min(SEGMENT, position + T.truncdiv(r, G) + 1 - start)
                         if valid > 0:

@@ -1,7 +1,7 @@
 """Matrix products with packed weights: y = epilogue(x wᵀ + bias) (+ residual), and the gated pair act(gate) · up.
 
 Every output is one chain of fused multiply-adds over k in order, whatever the rows, the tiles and the tasks are: so its
-bits depend on its row of x and its row of w alone. Registers hold a tile of rows × one panel; a single row takes
+bits depend on its row of x and its row of w alone. Registers hold a tile of rows × one panel; one or two rows take
 several panels at once instead, which gives the fused multiply-add units enough independent chains.
 """
 
@@ -12,6 +12,9 @@ from tvm.script import tirx as T
 from llmc.backends.tvm.kernels.math import activate
 from llmc.backends.tvm.kernels.vector import STORAGE, at, decode, f32, fma, load, share, specialised, splat
 from llmc.backends.tvm.packing import HALF, PANEL
+
+CHAINS = 8
+"""Independent sums that keep the multiply-add units of a core busy: two of them, four cycles of latency."""
 
 ROW_CHUNK = 48
 """Rows that one unit of work covers: a panel is read from memory once for them, from the cache after that."""
@@ -46,37 +49,39 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
     out_lanes = min(L, columns)
     panels = -(-n // columns)
     row_tile = isa.row_tile
-    group = max(1, 8 // V)
+    # Sums that hide a fused multiply-add's latency: a tile of fewer takes several panels. {rows: panels}
+    groups = {rows: CHAINS // (rows * V) for rows in range(1, row_tile + 1) if CHAINS // (rows * V) > 1}
+    few = max(groups, default=0)
     storage = STORAGE[weight_dtype]
 
     @T.inline
     def sums(X, W, S, row, panel, R, P):
-        """scratch[R or P, 16] = rows row..row+R of x times the rows of P panels; one of R and P is 1."""
+        """S[R, P, 16] = rows row..row+R of x times the rows of w in panels panel..panel+P."""
         acc = T.alloc_buffer((R * P * PANEL,), "float32", scope="local")
+        row_of_w = T.alloc_buffer((P * PANEL,), "float32", scope="local")
         for i in T.unroll(R * P * V):
             acc[at(i * L, L)] = f32(0.0, L)
         for kk in T.serial(k):
-            for p in T.unroll(P):
-                for v in T.unroll(V):
-                    w: T.let = decode(
-                        load(
-                            W, T.Cast("int64", panel + p) * T.int64(k * PANEL) + T.Cast("int64", kk * PANEL + v * L), L
-                        ),
-                        weight_dtype,
-                        L,
+            # Weights first, then one element of x at a time: 12 sums, 2 weights and a broadcast are 15 of 16 registers.
+            for i in T.unroll(P * V):
+                column: T.let = T.Cast("int64", kk * PANEL + i % V * L)
+                row_of_w[at(i * L, L)] = decode(
+                    load(W, T.Cast("int64", panel + i // V) * T.int64(k * PANEL) + column, L), weight_dtype, L
+                )
+            for r in T.unroll(R):
+                value: T.let = splat(X[(row + r) * k + kk], L)
+                for i in T.unroll(P * V):
+                    acc[at((r * P * V + i) * L, L)] = fma(
+                        value, load(row_of_w, i * L, L), acc[at((r * P * V + i) * L, L)]
                     )
-                    for r in T.unroll(R):
-                        acc[at(((r * P + p) * V + v) * L, L)] = fma(
-                            splat(X[(row + r) * k + kk], L), w, acc[at(((r * P + p) * V + v) * L, L)]
-                        )
         for i in T.unroll(R * P * V):
             S[at(i * L, L)] = acc[at(i * L, L)]
 
-    def sums_of(here, *where):
-        """`sums` of as many rows as `here` says: one unrolled copy for each height."""
-        for height in range(1, row_tile + 1):
+    def sums_of(tiles, here, *where):
+        """`sums` of as many rows as `here` says: one unrolled copy for each of {rows: panels}."""
+        for height, width in tiles.items():
             with T.If(here == height), T.Then():
-                sums(*where, height, 1)
+                sums(*where, height, width)
 
     @T.inline
     def store(S, base, row, panel, B, R, Y):
@@ -106,33 +111,32 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
         B = T.decl_buffer((n,), "float32", data=b)
         R = T.decl_buffer((1,), "float32", data=r)
         Y = T.decl_buffer((1,), "float32", data=y)
-        S = T.alloc_buffer((max(row_tile, group) * PANEL,), "float32", scope="local")
+        S = T.alloc_buffer((max(row_tile, CHAINS // V) * PANEL,), "float32", scope="local")
         rows: T.let = D[rows_dim]
-        if rows == 1:
-            first: T.let = share(task, tasks, panels)
-            count: T.let = share(task + 1, tasks, panels) - first
-            for g in T.serial(T.truncdiv(count, group)):
-                sums(X, W, S, 0, first + g * group, 1, group)
-                for p in T.serial(group):
-                    store(S, p * PANEL, 0, first + g * group + p, B, R, Y)
-            for g in T.serial(T.truncmod(count, group)):
-                sums(X, W, S, 0, first + count - 1 - g, 1, 1)
-                store(S, 0, 0, first + count - 1 - g, B, R, Y)
-        else:
-            chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
-            begin: T.let = share(task, tasks, panels * chunks)
-            for u in T.serial(share(task + 1, tasks, panels * chunks) - begin):
-                panel: T.let = T.truncdiv(begin + u, chunks)
-                chunk: T.let = T.truncmod(begin + u, chunks)
-                top: T.let = share(chunk, chunks, rows)
-                height: T.let = share(chunk + 1, chunks, rows) - top
-                tiles: T.let = T.truncdiv(height + row_tile - 1, row_tile)
-                for t in T.serial(tiles):
-                    # Tiles of nearly equal height: 7 rows are 3 + 4, not 6 + 1.
-                    row: T.let = top + share(t, tiles, height)
-                    here: T.let = top + share(t + 1, tiles, height) - row
-                    sums_of(here, X, W, S, row, panel)
-                    for i in T.serial(here):
-                        store(S, i * PANEL, row + i, panel, B, R, Y)
+        chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
+        begin: T.let = share(task, tasks, panels * chunks)
+        count: T.let = share(task + 1, tasks, panels * chunks) - begin
+        # Few rows are one chunk: a unit of work is a panel, and several are taken at once.
+        wide: T.let = T.truncdiv(CHAINS // V, T.max(rows, 1))
+        grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, T.max(wide, 1)), 0)
+        for g in T.serial(grouped):
+            sums_of(groups, rows, X, W, S, 0, begin + g * wide)
+            for i in T.serial(rows):
+                for p in T.serial(wide):
+                    store(S, (i * wide + p) * PANEL, i, begin + g * wide + p, B, R, Y)
+        for u in T.serial(count - grouped * wide):
+            unit: T.let = begin + grouped * wide + u
+            panel: T.let = T.truncdiv(unit, chunks)
+            chunk: T.let = T.truncmod(unit, chunks)
+            top: T.let = share(chunk, chunks, rows)
+            height: T.let = share(chunk + 1, chunks, rows) - top
+            tiles: T.let = T.truncdiv(height + row_tile - 1, row_tile)
+            for t in T.serial(tiles):
+                # Tiles of nearly equal height: 7 rows are 3 + 4, not 6 + 1.
+                row: T.let = top + share(t, tiles, height)
+                here: T.let = top + share(t + 1, tiles, height) - row
+                sums_of(dict.fromkeys(range(1, row_tile + 1), 1), here, X, W, S, row, panel)
+                for i in T.serial(here):
+                    store(S, i * PANEL, row + i, panel, B, R, Y)
 
     return specialised(kernel, symbol, {"b": bias, "r": residual})

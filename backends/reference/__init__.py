@@ -1,1 +1,0 @@
-"""The reference backend: interprets the graph, needs no compiler."""
