@@ -30,10 +30,17 @@ enum { STACK_BYTES = 8 << 20 };
  * the others are at most a kernel behind. */
 enum { SPIN_BETWEEN_STEPS = 400000, SPIN_IN_STEP = 100000, SPIN_WHEN_CROWDED = 2000 };
 
+/* For how many nanoseconds the caller works alone: see `judge`. */
+enum { ALONE_AT_LEAST = 10000000, ALONE_AT_MOST = 400000000 };
+
 struct Pool {
   pthread_mutex_t turn; /* whose job runs */
   int threads;          /* the caller's included */
   int64_t spin_between_steps, spin_in_step;
+  int tasks;              /* of the running job: `threads`, or 1 while the caller works alone */
+  int64_t waited;         /* nanoseconds for which the caller has waited for the others in this job */
+  uint64_t alone_until;   /* the time at which the others are tried again */
+  int64_t alone_for;      /* how long the caller works alone after the next bad job */
   Job job;
   void *context;
   atomic_int stopping;
@@ -78,9 +85,9 @@ static void leave_default_floats(uint64_t before) {
 
 static void run_task(Pool *pool, int32_t task) {
   uint64_t floats = enter_default_floats();
-  pool->job(pool, pool->context, task, pool->threads);
+  pool->job(pool, pool->context, task, pool->tasks);
   leave_default_floats(floats);
-  llmc_barrier_wait(&pool->barrier, pool->spin_in_step);
+  llmc_pool_barrier(pool, task);
 }
 
 static void *work(void *argument) {
@@ -151,6 +158,7 @@ void *llmc_pool_create(int threads) {
   int crowded = threads > (int)sysconf(_SC_NPROCESSORS_ONLN) || threads > 2 * available;
   pool->spin_between_steps = crowded ? SPIN_WHEN_CROWDED : SPIN_BETWEEN_STEPS;
   pool->spin_in_step = crowded ? SPIN_WHEN_CROWDED : SPIN_IN_STEP;
+  pool->alone_for = ALONE_AT_LEAST;
   reset(pool);
   start_workers(pool, threads);
   atomic_store(&pool->owner, 2 * (int64_t)getpid());
@@ -171,18 +179,38 @@ void llmc_pool_destroy(void *handle) {
 
 int llmc_pool_threads(void *pool) { return ((Pool *)pool)->threads; }
 
+/* Where other processes want the processors, two threads may share one and take turns at every barrier: far slower than
+ * one thread alone. So when the caller waits for longer than the others' shares would have taken it, it works alone for
+ * a while, longer each time. Results do not depend on it: a kernel's results are the same for any number of tasks. */
+static void judge(Pool *pool, uint64_t start) {
+  uint64_t end = llmc_nanoseconds();
+  int64_t elapsed = (int64_t)(end - start), worked = elapsed - pool->waited;
+  if (worked * pool->threads >= elapsed) {
+    pool->alone_for = ALONE_AT_LEAST;
+    return;
+  }
+  pool->alone_until = end + (uint64_t)pool->alone_for;
+  if (pool->alone_for < ALONE_AT_MOST) pool->alone_for *= 2;
+}
+
 void llmc_pool_run(Pool *pool, Job job, void *context) {
   own(pool);
   pthread_mutex_lock(&pool->turn);
+  uint64_t start = llmc_nanoseconds();
   pool->job = job;
   pool->context = context;
-  if (pool->threads > 1) llmc_signal_raise(&pool->generation);
+  pool->tasks = start < pool->alone_until ? 1 : pool->threads;
+  pool->waited = 0;
+  if (pool->tasks > 1) llmc_signal_raise(&pool->generation);
   run_task(pool, 0);
+  if (pool->tasks > 1) judge(pool, start);
   pthread_mutex_unlock(&pool->turn);
 }
 
-void llmc_pool_barrier(Pool *pool) {
-  if (pool->threads > 1) llmc_barrier_wait(&pool->barrier, pool->spin_in_step);
+void llmc_pool_barrier(Pool *pool, int32_t task) {
+  if (pool->tasks == 1) return;
+  int64_t waited = llmc_barrier_wait(&pool->barrier, pool->spin_in_step);
+  if (task == 0) pool->waited += waited;
 }
 
 const char *llmc_build(void) { return "llmc-native 1 " LLMC_ISA; }

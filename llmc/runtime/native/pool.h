@@ -13,6 +13,6 @@ typedef void (*Job)(Pool *pool, void *context, int32_t task, int32_t tasks);
 void llmc_pool_run(Pool *pool, Job job, void *context);
 
 /* All tasks of the running job wait for each other. */
-void llmc_pool_barrier(Pool *pool);
+void llmc_pool_barrier(Pool *pool, int32_t task);
 
 #endif

@@ -79,7 +79,7 @@ static void walk(Pool *pool, void *context, int32_t task, int32_t tasks) {
     const Launch *l = &step->launches[i];
     call(step->kernels[l->kernel], l->arg_count, task, tasks, step->dims, step->args + l->first_arg);
     if (i + 1 == step->count) break; /* the job's own end is the last barrier */
-    if (l->barrier) llmc_pool_barrier(pool);
+    if (l->barrier) llmc_pool_barrier(pool, task);
     if (task == 0 && step->nanoseconds != NULL) {
       uint64_t now = llmc_nanoseconds();
       step->nanoseconds[i] = now - step->last;

@@ -21,11 +21,11 @@ static void pause_briefly(void) {
 #endif
 }
 
-void llmc_signal_wait(Signal *signal, int seen, int64_t spin_nanoseconds) {
+int64_t llmc_signal_wait(Signal *signal, int seen, int64_t spin_nanoseconds) {
   uint64_t start = 0;
   do {
     for (int i = 0; i < 64; i++) {
-      if (atomic_load_explicit(&signal->value, memory_order_acquire) != seen) return;
+      if (atomic_load_explicit(&signal->value, memory_order_acquire) != seen) return start ? (int64_t)(llmc_nanoseconds() - start) : 0;
       pause_briefly();
     }
     if (start == 0) start = llmc_nanoseconds();
@@ -36,6 +36,7 @@ void llmc_signal_wait(Signal *signal, int seen, int64_t spin_nanoseconds) {
   while (atomic_load(&signal->value) == seen)
     syscall(SYS_futex, &signal->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
   atomic_fetch_sub(&signal->sleepers, 1);
+  return (int64_t)(llmc_nanoseconds() - start);
 }
 
 void llmc_signal_raise(Signal *signal) {
@@ -43,13 +44,12 @@ void llmc_signal_raise(Signal *signal) {
   if (atomic_load(&signal->sleepers) > 0) syscall(SYS_futex, &signal->value, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
-void llmc_barrier_wait(Barrier *barrier, int64_t spin_nanoseconds) {
+int64_t llmc_barrier_wait(Barrier *barrier, int64_t spin_nanoseconds) {
   /* The phase cannot change before this thread has arrived. */
   int phase = atomic_load_explicit(&barrier->phase.value, memory_order_relaxed);
-  if (atomic_fetch_add(&barrier->arrived, 1) + 1 < barrier->count) {
-    llmc_signal_wait(&barrier->phase, phase, spin_nanoseconds);
-  } else {
-    atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-    llmc_signal_raise(&barrier->phase);
-  }
+  if (atomic_fetch_add(&barrier->arrived, 1) + 1 < barrier->count)
+    return llmc_signal_wait(&barrier->phase, phase, spin_nanoseconds);
+  atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
+  llmc_signal_raise(&barrier->phase);
+  return 0;
 }

@@ -18,13 +18,14 @@ typedef struct {
   int count;
 } Barrier;
 
-/* Returns once signal->value differs from `seen`; sleeps after `spin_nanoseconds`. */
-void llmc_signal_wait(Signal *signal, int seen, int64_t spin_nanoseconds);
+/* Returns once signal->value differs from `seen`; sleeps after `spin_nanoseconds`. The nanoseconds that it took, 0 where
+ * that was too short to look at the clock. */
+int64_t llmc_signal_wait(Signal *signal, int seen, int64_t spin_nanoseconds);
 
 /* Adds one to the value and wakes the sleepers. */
 void llmc_signal_raise(Signal *signal);
 
-void llmc_barrier_wait(Barrier *barrier, int64_t spin_nanoseconds);
+int64_t llmc_barrier_wait(Barrier *barrier, int64_t spin_nanoseconds);
 
 uint64_t llmc_nanoseconds(void);
 
