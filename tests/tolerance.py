@@ -3,7 +3,7 @@
 The truth is a float64 reference. The plain implementation is numpy: operands rounded to their storage dtype, float32
 arithmetic, no tricks. Both errors are taken as the largest over the whole result. A plain implementation is at times
 exact by luck (one element, a power of two), so an error of one rounding of the largest value is always allowed: no
-float32 result can promise less.
+float32 result can promise less. And the largest of a few errors is luck on either side: judge thousands of results.
 """
 
 from __future__ import annotations

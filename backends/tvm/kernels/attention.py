@@ -42,7 +42,7 @@ def paged_attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype
     G = q_heads // kv_heads
     stride = query_stride or q_heads * head_dim
     storage = STORAGE[kv_dtype]
-    most = isa.row_tile
+    most = 6  # rows of a tile
     registers = 12 if isa.lanes <= 8 else 24  # for sums of weighted values
     tokens = max(1, most // G)  # of one tile
     chunks = -(-G // most)  # of a group of heads, when it is larger than a tile

@@ -1,4 +1,8 @@
-"""Normalisations of rows, alone or after a residual addition. A row belongs to one task, so its sums have one order."""
+"""Normalisations of rows, alone or after a residual addition. A row belongs to one task, so its sums have one order.
+
+They are computed in float64 and rounded once: their cost is nothing beside the matrix products between them, and what
+they lose is lost to every product that follows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.vector import (
     at,
-    f32,
+    f64,
     fma,
     lanes_of,
     let,
@@ -16,10 +20,11 @@ from llmc.backends.tvm.kernels.vector import (
     splat,
     square_root,
     tree_sum,
+    wide,
 )
 
-CHAINS = 4
-"""Vector accumulators of a row's sum: they hide the latency of an addition."""
+CHAINS = 2
+"""Accumulators of a row's sum, each of two vector registers: they hide the latency of an addition."""
 
 
 def rms_norm(symbol, isa, *, rows_dim, hidden, eps):
@@ -50,18 +55,25 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
     @T.inline
     def total(X, row, step, S):
         """S[0] = the row's sum; `step(accumulator, element)` is the accumulator's next value."""
-        acc = T.alloc_buffer((CHAINS * L,), "float32", scope="local")
+        acc = T.alloc_buffer((CHAINS * L,), "float64", scope="local")
         for i in T.unroll(CHAINS):
-            acc[at(i * L, L)] = f32(0.0, L)
+            acc[at(i * L, L)] = f64(0.0, L)
         for c in T.serial(vectors // CHAINS):
             for i in T.unroll(CHAINS):
-                acc[at(i * L, L)] = step(load(acc, i * L, L), load(X, row + (c * CHAINS + i) * L, L))
+                acc[at(i * L, L)] = step(load(acc, i * L, L), exact(X, row + (c * CHAINS + i) * L, L))
         for c in T.serial(vectors % CHAINS):
-            acc[at(0, L)] = step(load(acc, 0, L), load(X, row + (vectors // CHAINS * CHAINS + c) * L, L))
-        acc[at(0, L)] = (load(acc, 0, L) + load(acc, L, L)) + (load(acc, 2 * L, L) + load(acc, 3 * L, L))
+            acc[at(0, L)] = step(load(acc, 0, L), exact(X, row + (vectors // CHAINS * CHAINS + c) * L, L))
+        acc[at(0, L)] = load(acc, 0, L) + load(acc, L, L)
         S[0] = tree_sum([acc[i] for i in range(L)])
         for c in T.serial(tail):
-            S[0] = step(S[0], X[row + done + c])
+            S[0] = step(S[0], exact(X, row + done + c, 1))
+
+    def normal(source, row, column, mean, inverse, W, B, lanes):
+        """`lanes` results."""
+        v = exact(source, row + column, lanes)
+        v = (v if mean is None else v - splat(mean, lanes)) * splat(inverse, lanes)
+        w = exact(W, column, lanes)
+        return T.Cast(wide("float32", lanes), v * w if B is None else fma(v, w, exact(B, column, lanes)))
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -82,7 +94,7 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
         B = T.decl_buffer((hidden,), "float32", data=b)
         H = T.decl_buffer((1,), "float32", data=h)
         Y = T.decl_buffer((1,), "float32", data=y)
-        S = T.alloc_buffer((1,), "float32", scope="local")
+        S = T.alloc_buffer((1,), "float64", scope="local")
         first: T.let = share(task, tasks, D[rows_dim])
         for i in T.serial(share(task + 1, tasks, D[rows_dim]) - first):
             row: T.let = (first + i) * hidden
@@ -92,49 +104,35 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
                 for c in T.serial(tail):
                     H[row + done + c] = X[row + done + c] + R[row + done + c]
             source = T.meta_var(H if add else X)
+            shift = T.meta_var(B if bias else None)
             if centred:
                 total(source, row, lambda a, v: a + v, S)
-                mean: T.let = S[0] / f32(hidden)
-                # A mean far from zero loses digits that the deviations have: their own mean is what it lacks.
-                total(source, row, _sum_of_deviations(mean, f32(0.0)), S)
-                rest: T.let = S[0] / f32(hidden)
-                total(source, row, _sum_of_squares(mean, rest), S)
-                inverse: T.let = f32(1.0) / square_root(S[0] / f32(hidden) + f32(eps))
+                mean: T.let = S[0] / f64(hidden)
+                total(source, row, _sum_of_squares(mean), S)
+                inverse: T.let = f64(1.0) / square_root(S[0] / f64(hidden) + f64(eps))
                 for c in T.serial(vectors):
-                    v: T.let = _deviation(load(source, row + c * L, L), mean, rest) * splat(inverse, L)
-                    Y[at(row + c * L, L)] = _affine(v, W, B if bias else None, c * L, L)
+                    Y[at(row + c * L, L)] = normal(source, row, c * L, mean, inverse, W, shift, L)
                 for c in T.serial(tail):
-                    v: T.let = _deviation(source[row + done + c], mean, rest) * inverse
-                    Y[row + done + c] = _affine(v, W, B if bias else None, done + c, 1)
+                    Y[row + done + c] = normal(source, row, done + c, mean, inverse, W, shift, 1)
             else:
                 total(source, row, lambda a, v: fma(v, v, a), S)
-                inverse: T.let = f32(1.0) / square_root(S[0] / f32(hidden) + f32(eps))
+                inverse: T.let = f64(1.0) / square_root(S[0] / f64(hidden) + f64(eps))
                 for c in T.serial(vectors):
-                    Y[at(row + c * L, L)] = load(source, row + c * L, L) * splat(inverse, L) * load(W, c * L, L)
+                    Y[at(row + c * L, L)] = normal(source, row, c * L, None, inverse, W, None, L)
                 for c in T.serial(tail):
-                    Y[row + done + c] = source[row + done + c] * inverse * W[done + c]
+                    Y[row + done + c] = normal(source, row, done + c, None, inverse, W, None, 1)
 
     return specialised(kernel, symbol, {"r": add, "h": add, "b": bias})
 
 
-def _deviation(v, mean, rest):
-    lanes = lanes_of(v)
-    return (v - splat(mean, lanes)) - splat(rest, lanes)
+def exact(buffer, index, lanes):
+    """`lanes` float32 elements as float64."""
+    return let(T.Cast(wide("float64", lanes), load(buffer, index, lanes)))
 
 
-def _sum_of_deviations(mean, rest):
-    return lambda total, v: total + _deviation(v, mean, rest)
-
-
-def _sum_of_squares(mean, rest):
+def _sum_of_squares(mean):
     def step(total, v):
-        d = let(_deviation(v, mean, rest))
+        d = let(v - splat(mean, lanes_of(v)))
         return fma(d, d, total)
 
     return step
-
-
-def _affine(v, W, B, column, lanes):
-    if B is None:
-        return v * load(W, column, lanes)
-    return fma(v, load(W, column, lanes), load(B, column, lanes))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import struct
 
-from tvm import tirx
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.vector import intrinsic, let, share, specialised
+from llmc.backends.tvm.kernels.vector import f64, fma, let, share, specialised
 
 _MAGIC = 6755399441055744.0  # 1.5 * 2^52: adding it leaves the nearest integer in the low mantissa bits
 _HALF_PI = (1.5707963267948966, 6.123233995736766e-17)
@@ -35,7 +34,7 @@ def dynamic_rotary_table(symbol, isa, *, rot_dim, base, factor, max_position_emb
         stretch = length * f64(factor / max_position_embeddings) - f64(factor - 1)
         power = f64(rot_dim / (rot_dim - 2)) if rot_dim > 2 else f64(0.0)
         exponent = T.Cast("float64", i) * f64(-2.0 / rot_dim)
-        return T.Cast("float32", _exp(exponent * fma64(power, _log(stretch), f64(math.log(base)))))
+        return T.Cast("float32", _exp(exponent * fma(power, _log(stretch), f64(math.log(base)))))
 
     return _table(symbol, rot_dim, attention_scaling, frequency, fixed=False)
 
@@ -62,10 +61,10 @@ def _table(symbol, rot_dim, attention_scaling, frequency, fixed):
         for t in T.serial(share(task + 1, tasks, D[0]) - first):
             for i in T.serial(half):
                 angle: T.let = T.Cast("float64", T.Cast("float32", P[first + t]) * frequency(F, P[first + t], i))
-                biased: T.let = fma64(angle, f64(2 / math.pi), f64(_MAGIC))
+                biased: T.let = fma(angle, f64(2 / math.pi), f64(_MAGIC))
                 quadrant: T.let = T.bitwise_and(T.reinterpret("int64", biased), T.int64(3))
                 n: T.let = biased - f64(_MAGIC)
-                r: T.let = fma64(n, f64(-_HALF_PI[1]), fma64(n, f64(-_HALF_PI[0]), angle))
+                r: T.let = fma(n, f64(-_HALF_PI[1]), fma(n, f64(-_HALF_PI[0]), angle))
                 s: T.let = _sin(r)
                 c: T.let = _cos(r)
                 odd: T.let = T.bitwise_and(quadrant, T.int64(1)) != T.int64(0)
@@ -82,21 +81,11 @@ def _table(symbol, rot_dim, attention_scaling, frequency, fixed):
     return specialised(kernel, symbol, {"inv_freq": fixed})
 
 
-def f64(value):
-    """A float64 constant."""
-    return tirx.FloatImm("float64", value)
-
-
-def fma64(a, b, c):
-    """a · b + c in float64, rounded once."""
-    return intrinsic("llvm.fma", a, b, c, dtype="float64")
-
-
 def _polynomial(x, coefficients):
     """Horner's rule, lowest power first."""
     result = f64(coefficients[-1])
     for c in coefficients[-2::-1]:
-        result = fma64(result, x, f64(c))
+        result = fma(result, x, f64(c))
     return result
 
 
@@ -113,9 +102,9 @@ def _cos(r):
 def _exp(x):
     """e^x for |x| < 700, to 1e-14 relative."""
     x = let(x)
-    t = let(fma64(x, f64(1.4426950408889634), f64(_MAGIC)))
+    t = let(fma(x, f64(1.4426950408889634), f64(_MAGIC)))
     n = let(t - f64(_MAGIC))
-    r = let(fma64(n, f64(-1.9082149292705877e-10), fma64(n, f64(-0.6931471803691238), x)))
+    r = let(fma(n, f64(-1.9082149292705877e-10), fma(n, f64(-0.6931471803691238), x)))
     whole = T.reinterpret("int64", t) - T.int64(struct.unpack("q", struct.pack("d", _MAGIC))[0])
     power = T.reinterpret("float64", T.shift_left(whole + T.int64(1023), T.int64(52)))
     return _polynomial(r, [1 / math.factorial(i) for i in range(14)]) * power
@@ -129,4 +118,4 @@ def _log(x):
     m = let(T.reinterpret("float64", bits - T.shift_left(exponent, T.int64(52))))
     s = let((m - f64(1.0)) / (m + f64(1.0)))
     series = _polynomial(let(s * s), [2 / (2 * i + 1) for i in range(11)])
-    return fma64(T.Cast("float64", exponent), f64(math.log(2)), s * series)
+    return fma(T.Cast("float64", exponent), f64(math.log(2)), s * series)

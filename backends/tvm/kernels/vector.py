@@ -27,6 +27,11 @@ def f32(value, lanes=1):
     return splat(tirx.FloatImm("float32", value), lanes)
 
 
+def f64(value, lanes=1):
+    """A float64 constant in every lane."""
+    return splat(tirx.FloatImm("float64", value), lanes)
+
+
 def i32(value, lanes=1):
     """An int32 constant in every lane."""
     return splat(tirx.IntImm("int32", value), lanes)
@@ -71,12 +76,12 @@ def intrinsic(name, *arguments, dtype):
 
 def fma(a, b, c):
     """a · b + c, rounded once. Written out wherever a product is added: what the compiler may fuse is then decided."""
-    return intrinsic("llvm.fma", a, b, c, dtype=wide("float32", lanes_of(c)))
+    return intrinsic("llvm.fma", a, b, c, dtype=str(c.ty.dtype))
 
 
 def square_root(x):
     """The correctly rounded square root."""
-    return intrinsic("llvm.sqrt", x, dtype=wide("float32", lanes_of(x)))
+    return intrinsic("llvm.sqrt", x, dtype=str(x.ty.dtype))
 
 
 def tree_sum(values):

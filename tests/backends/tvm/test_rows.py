@@ -1,0 +1,170 @@
+"""Row-wise kernels: embeddings, normalisations, elementwise operations, row gathering, argmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.backends.tvm.kernels import elementwise, norm, rows
+from llmc.backends.tvm.kernels.embedding import embedding, packed_embedding
+from llmc.backends.tvm.packing import pack
+from tests.backends.tvm.machine import DTYPES, V3, Array, Guarded, Kernel, f32, f64, needs_v3, same_bits, stored
+from tests.tolerance import assert_as_good_as
+
+pytestmark = needs_v3
+
+TASKS = st.sampled_from([1, 2, 3, 7])
+SEED = st.integers(0, 1000)
+
+
+@settings(max_examples=8)
+@given(
+    vocab=st.integers(1, 70),
+    hidden=st.integers(1, 60),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    packed=st.booleans(),
+    tasks=TASKS,
+    seed=SEED,
+)
+def test_embedding(vocab: int, hidden: int, tokens: int, dtype: str, packed: bool, tasks: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = stored(rng.standard_normal((vocab, hidden)), dtype)
+    ids = rng.integers(0, vocab, tokens).astype(np.int32)
+    out = Guarded((tokens, hidden), np.float32)
+    kernel = Kernel(packed_embedding if packed else embedding, V3, vocab=vocab, hidden=hidden, weight_dtype=dtype)
+    kernel([tokens], [ids, pack(table) if packed else table, out], tasks)
+    assert same_bits(out.array, f32(table)[ids])
+
+
+def test_embedding_reads_nothing_outside_its_table() -> None:
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    ids = np.array([-1, -(2**31), 4, 2**31 - 1], np.int32)
+    for maker, weights in ((embedding, table), (packed_embedding, pack(table))):
+        out = Guarded((4, 3), np.float32)
+        Kernel(maker, V3, vocab=4, hidden=3, weight_dtype="f32")([4], [ids, weights, out])
+        assert (out.array == table[[0, 0, 3, 3]]).all()
+
+
+def normalised(h: Array, w: Array, b: Array | None, eps: float) -> Array:
+    """In the dtype of h; with `b` a layer norm, without it an RMS norm."""
+    if b is not None:
+        h = h - h.mean(-1, keepdims=True, dtype=h.dtype)
+    scale = np.sqrt((h * h).mean(-1, keepdims=True, dtype=h.dtype) + h.dtype.type(eps))
+    return np.asarray(h / scale * w + (0 if b is None else b))
+
+
+@settings(max_examples=16)
+@given(
+    kind=st.sampled_from(["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"]),
+    hidden=st.one_of(st.integers(1, 80), st.sampled_from([256, 1000])),
+    count=st.integers(1, 9),
+    rows_dim=st.sampled_from([0, 3]),
+    offset=st.sampled_from([0.0, 30.0]),
+    tasks=TASKS,
+    seed=SEED,
+)
+def test_norms(kind: str, hidden: int, count: int, rows_dim: int, offset: float, tasks: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, r = ((rng.standard_normal((count, hidden)) + offset).astype(np.float32) for _ in range(2))
+    w, b = (rng.standard_normal(hidden).astype(np.float32) for _ in range(2))
+    add, centred = kind.startswith("add"), kind.endswith("layer_norm")
+    kernel = Kernel(getattr(norm, kind), V3, rows_dim=rows_dim, hidden=hidden, eps=1e-5)
+
+    def run(begin: int, end: int, tasks: int) -> tuple[Array, Array]:
+        h, y = (Guarded((end - begin, hidden), np.float32) for _ in range(2))
+        dims = [5, 5, 5, 5]
+        dims[rows_dim] = end - begin
+        inputs: list[Any] = [x[begin:end], *([r[begin:end]] if add else []), w, *([b] if centred else [])]
+        kernel(dims, [*inputs, *([h] if add else []), y], tasks)
+        return h.array, y.array
+
+    h, y = run(0, count, tasks)
+    total = x + r if add else x
+    if add:
+        assert same_bits(h, total)
+    naive = normalised(total, w, b if centred else None, 1e-5)
+    assert_as_good_as(y, naive, normalised(f64(total), f64(w), f64(b) if centred else None, 1e-5))
+    assert same_bits(run(count - 1, count, 1)[1][0], y[-1])
+
+
+def test_layer_norm_without_bias() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 21)).astype(np.float32)
+    w = np.full(21, 2.0, np.float32)
+    y = Guarded((3, 21), np.float32)
+    Kernel(norm.layer_norm, V3, rows_dim=0, hidden=21, eps=1e-5, bias=False)([3], [x, w, y], 2)
+    zero = np.zeros(21)
+    assert_as_good_as(y.array, normalised(x, w, f32(zero), 1e-5), normalised(f64(x), f64(w), zero, 1e-5))
+
+
+@settings(max_examples=8)
+@given(
+    kind=st.sampled_from(["add", "multiply", "scale"]),
+    width=st.integers(1, 40),
+    count=st.integers(1, 9),
+    tasks=TASKS,
+    rows_dim=st.sampled_from([0, 3]),
+    seed=SEED,
+)
+def test_elementwise(kind: str, width: int, count: int, tasks: int, rows_dim: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal((count, width)).astype(np.float32) for _ in range(2))
+    y = Guarded((count, width), np.float32)
+    dims = [0, 0, 0, 0]
+    dims[rows_dim] = count
+    extra = {"factor": 0.3} if kind == "scale" else {}
+    Kernel(getattr(elementwise, kind), V3, rows_dim=rows_dim, width=width, **extra)(
+        dims, [a, y] if kind == "scale" else [a, b, y], tasks
+    )
+    expected = {"add": a + b, "multiply": a * b, "scale": a * np.float32(0.3)}[kind]
+    assert same_bits(y.array, expected)
+
+
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_unary(width: int) -> None:
+    x = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
+    y = Guarded((3, width), np.float32)
+    Kernel(elementwise.unary, V3, rows_dim=0, width=width, activation="silu")([3], [x, y], 2)
+    assert_as_good_as(y.array, x / (np.float32(1) + np.exp(-x)), f64(x) / (1 + np.exp(-f64(x))))
+
+
+@settings(max_examples=5)
+@given(width=st.integers(1, 40), tokens=st.integers(1, 9), outputs=st.integers(1, 9), tasks=TASKS, seed=SEED)
+def test_gather_rows(width: int, tokens: int, outputs: int, tasks: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, width)).astype(np.float32)
+    chosen = rng.integers(0, tokens, outputs).astype(np.int32)
+    y = Guarded((outputs, width), np.float32)
+    Kernel(rows.gather_rows, V3, width=width)([tokens, 1, 1, outputs], [x, chosen, y], tasks)
+    assert same_bits(y.array, x[chosen])
+
+
+def greedy(logits: Array, tasks: int = 1) -> list[int]:
+    out = Guarded((len(logits),), np.int32)
+    Kernel(rows.argmax, V3, n=logits.shape[1])([9, 9, 9, len(logits)], [logits, out], tasks)
+    return [int(i) for i in out.array]
+
+
+@settings(max_examples=15)
+@given(n=st.sampled_from([1, 7, 8, 16, 41, 1021]), levels=st.sampled_from([2, 5, 10**6]), tasks=TASKS, seed=SEED)
+def test_argmax_is_the_first_maximum(n: int, levels: int, tasks: int, seed: int) -> None:
+    logits = (np.random.default_rng(seed).integers(-levels, levels, (5, n)) / 7).astype(np.float32)
+    assert greedy(logits, tasks) == list(logits.argmax(-1))
+
+
+def test_argmax_of_special_values() -> None:
+    nan, inf = np.nan, np.inf
+    cases = [
+        [nan] * 17,
+        [nan, -inf] + [nan] * 15,
+        [-0.0, 0.0] + [-1.0] * 15,
+        [nan] * 16 + [-5.0],
+        [-inf] * 17,
+        [1.0, inf] * 8 + [inf],
+    ]
+    assert greedy(np.array(cases, np.float32)) == [0, 1, 0, 16, 0, 1]
+    assert greedy(-np.array([cases[0]], np.float32)) == [0]
