@@ -112,10 +112,27 @@ def erf(x):
     return T.Select(magnitude < f32(0.927734375, lanes), near, _with_sign_of(x, far))
 
 
+def _small_sigmoid(x):
+    """The lesser of sigmoid(x) and sigmoid(-x): e / (1 + e) with e = e^-|x|, which neither overflows nor cancels."""
+    lanes = lanes_of(x)
+    e = let(exp(f32(0.0, lanes) - _magnitude(let(x))))
+    return e / (f32(1.0, lanes) + e)
+
+
+def _times_sigmoid(x, argument):
+    """x · sigmoid(argument), of one sign. What is missing to x is subtracted: near 1, a sigmoid's own rounding would
+    be the largest error."""
+    lanes = lanes_of(x)
+    lesser = let(_small_sigmoid(argument))
+    return T.Select(x < f32(0.0, lanes), x * lesser, fma(f32(0.0, lanes) - x, lesser, x))
+
+
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     lanes = lanes_of(x)
-    return f32(1.0, lanes) / (f32(1.0, lanes) + exp(f32(0.0, lanes) - x))
+    x = let(x)
+    lesser = let(_small_sigmoid(x))
+    return T.Select(x < f32(0.0, lanes), lesser, f32(1.0, lanes) - lesser)
 
 
 def relu(x):
@@ -126,8 +143,8 @@ def relu(x):
 
 def silu(x):
     """x · sigmoid(x)."""
-    lanes = lanes_of(x)
-    return x / (f32(1.0, lanes) + exp(f32(0.0, lanes) - x))
+    x = let(x)
+    return _times_sigmoid(x, x)
 
 
 def gelu_erf(x):
@@ -148,13 +165,13 @@ def gelu_tanh(x):
     lanes = lanes_of(x)
     x = let(x)
     cubic = fma(x * x * x, f32(0.044715, lanes), x)
-    return x / (f32(1.0, lanes) + exp(cubic * f32(-1.5957691216057308, lanes)))
+    return _times_sigmoid(x, cubic * f32(1.5957691216057308, lanes))
 
 
 def gelu_sigmoid(x):
     """x · sigmoid(1.702 x)."""
-    lanes = lanes_of(x)
-    return x * sigmoid(x * f32(1.702, lanes))
+    x = let(x)
+    return _times_sigmoid(x, x * f32(1.702, lanes_of(x)))
 
 
 def relu_squared(x):
