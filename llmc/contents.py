@@ -35,6 +35,7 @@ def make_plan(
     return {
         "block_size": options.block_size,
         "arena_bytes": max(entry.memory.peak for entry in entries),
+        "private_bytes": max(entry.private.peak for entry in entries),
         "symbols": list(SYMBOLS),
         "limits": limits,
         "states": [
