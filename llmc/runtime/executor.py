@@ -19,13 +19,6 @@ from .native import BARRIER, EACH, LAUNCH, NativeLibrary
 from .plan import INPUTS, Buffer, Entry, Launch, Plan
 from .timings import Profile
 
-EACH_TOKENS = 8
-"""Up to how many tokens of a step every task runs the plan's `each` launches for itself.
-
-Eight rows of a norm take a task a few microseconds at most, an eighth of that for one token: less than the two barriers
-(1 to 2 microseconds each, more when a thread is late) that sharing them would put around them. Longer steps share.
-"""
-
 _MAX_STATE_ELEMENTS = 1 << 31
 """Kernels index a state with int32."""
 _PAGE = 4096
@@ -49,7 +42,7 @@ class NativeExecutor:
     """Executes the entries of a plan; see `batch.Executor`.
 
     `sequence_blocks` is how many blocks the longest sequence needs. Memory: the arena, inputs and outputs of the
-    largest step; private memory for each thread, of which all but the first touch what a step of `EACH_TOKENS` needs;
+    largest step; private memory for each thread, of which all but the first touch what a step of `each_tokens` needs;
     states with room for as many longest sequences as a batch holds, reserved but not touched (fewer
     where kernels could not index them or the system refuses so much address space). Raises `ModelError`.
     """
@@ -95,7 +88,7 @@ class NativeExecutor:
             self._take(batch)
             table = self._tables[entry]
             nanoseconds = np.zeros(table.count, np.uint64) if profile is not None else None
-            self._walk(table, table.launches, table.count, EACH_TOKENS, _address_of(nanoseconds))
+            self._walk(table, table.launches, table.count, self.plan.each_tokens, _address_of(nanoseconds))
             if profile is not None and nanoseconds is not None:
                 context = int(batch.positions[batch.query_start[:-1]].sum())
                 profile.add(self.plan.entries[entry], self.plan.kernels, nanoseconds, dims[0], context)

@@ -88,11 +88,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated plan. `private_bytes` is what each task has of its own."""
+    """A validated plan.
+
+    `private_bytes` is what each task has of its own; in steps of up to `each_tokens` tokens all of them use it.
+    """
 
     block_size: int
     arena_bytes: int
     private_bytes: int
+    each_tokens: int
     limits: Limits
     states: tuple[StateSpec, ...]
     buffers: tuple[Buffer, ...]
@@ -116,8 +120,9 @@ def parse_plan(document: Field, weights_bytes: int) -> Plan:
     limits = document.key("limits")
     arena_bytes = document.key("arena_bytes").integer(0, _MAX_BYTES)
     states = tuple(map(_state, document.key("states").items()))
-    private = document.optional("private_bytes")
+    private, tokens = document.optional("private_bytes"), document.optional("each_tokens")
     private_bytes = private.integer(0, _MAX_BYTES) if private else 0
+    each_tokens = tokens.integer(0, _MAX_COUNT) if tokens else 0
     sizes = {"arena": arena_bytes, "private": private_bytes, "param": weights_bytes}
     buffers = tuple(_buffer(field, sizes, len(states)) for field in document.key("buffers").items())
     kernels = tuple(field.text(256) for field in document.key("kernels").items())
@@ -130,7 +135,7 @@ def parse_plan(document: Field, weights_bytes: int) -> Plan:
         if name not in entries:
             document.key("entries").fail(f"an entry point {name!r}")
     block_size = document.key("block_size").integer(1, 1 << 16)
-    return Plan(block_size, arena_bytes, private_bytes, largest, states, buffers, kernels, entries)
+    return Plan(block_size, arena_bytes, private_bytes, each_tokens, largest, states, buffers, kernels, entries)
 
 
 def _state(field: Field) -> StateSpec:

@@ -131,6 +131,7 @@ def plan() -> dict[str, Any]:
         "block_size": BLOCK,
         "arena_bytes": 64 + 16 * VOCAB * 4,
         "private_bytes": 64 + 16 * VOCAB * 4,
+        "each_tokens": 8,
         "symbols": ["tokens", "sequences", "max_blocks", "outputs"],
         "limits": {"tokens": 16, "sequences": 4, "outputs": 4},
         "states": [{"name": "layer.key", "kind": "paged_kv", "dtype": "f32", "block_shape": [1, 1, BLOCK]}],

@@ -173,12 +173,12 @@ def test_a_private_buffer_outside_its_region() -> None:
 def test_a_plan_of_format_version_1() -> None:
     """Without private memory, and every launch shared."""
     document = plan()
-    del document["private_bytes"]
+    del document["private_bytes"], document["each_tokens"]
     document["buffers"][12] = {"kind": "arena", "offset": 64, "bytes": 64}
     for entry in document["entries"].values():
         entry["launches"] = [{k: v for k, v in item.items() if k != "each"} for item in entry["launches"]]
     read = parse_plan(Field(document, "plan.json"), WEIGHTS)
-    assert read.private_bytes == 0
+    assert read.private_bytes == read.each_tokens == 0
     assert not any(launch.each for entry in read.entries.values() for launch in entry.launches)
 
 

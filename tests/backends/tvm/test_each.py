@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmc.backends.base import KernelSpec, Launch
 from llmc.backends.tvm import each
-from llmc.backends.tvm.each import EACH_KINDS, place
+from llmc.backends.tvm.each import EACH_ELEMENTS, EACH_KINDS, each_tokens, place
 from llmc.backends.tvm.lower import lower
 from llmc.backends.tvm.plan import plan_entry
 from llmc.entries import specialised
@@ -127,6 +127,8 @@ def test_launches_of_models(model: Callable[..., Graph]) -> None:
         whole = [item for item in entry.launches if item.each]
         assert {item.spec.kind for item in whole} == {item.spec.kind for item in entry.launches} & EACH_KINDS
         assert len(whole) >= 2 * 2 + 1, "two norms a layer and an embedding"
+        widest = max(v.type.concrete({"tokens": 1, "outputs": 1})[-1] for v in entry.private.offsets)
+        assert each_tokens(entry.private) == EACH_ELEMENTS // widest
         for item in whole:
             roots = {storage(value) for value in item.arguments}
             assert not outputs & roots and not any(isinstance(root.op, StateInput) for root in roots)
@@ -138,6 +140,16 @@ def test_launches_of_models(model: Callable[..., Graph]) -> None:
         ]
         for choose in (min, max):
             run(stored, (entry.memory, entry.private), sizes, choose)
+
+
+def test_rows_that_are_too_wide_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = entries(rotary_model(heads=4, width=4))["decode"]
+    for elements, kinds in ((15, {"rotary_table"}), (16, EACH_KINDS)):
+        monkeypatch.setattr(each, "EACH_ELEMENTS", elements)
+        entry = plan_entry("decode", graph)
+        found = {item.spec.kind for item in entry.launches if item.each}
+        assert found == {item.spec.kind for item in entry.launches} & kinds
+        assert each_tokens(entry.private) == elements // (2 if elements == 15 else 16)
 
 
 def test_what_writes_an_output_is_shared() -> None:
