@@ -96,7 +96,7 @@ def _half(value: Value) -> _Half | None:
         start, stop = value.op.start, value.op.stop
         nodes.append(value.node)
         (value,) = value.node.inputs
-    if not isinstance(value.op, Linear) or not isinstance(stop, int):
+    if not isinstance(value.op, Linear) or value.op.residual or not isinstance(stop, int):
         return None
     if value.op.activation != "none":
         if activation != "none":
@@ -117,6 +117,8 @@ class ActivationIntoLinear(Rule):
             return NoMatch(f"want linear, found {y.op.name}", y.node)
         if y.op.activation != "none":
             return NoMatch(f"the linear has the activation {y.op.activation} already", y.node, 1)
+        if y.op.residual:
+            return NoMatch("the linear adds a residual after its activation", y.node, 1)
         operands = {f"operand{i}": v for i, v in enumerate(y.node.inputs)}
         return Match(root, operands, {"linear": y.node}, frozenset([root, y.node]), root.results)
 

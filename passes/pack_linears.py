@@ -25,21 +25,23 @@ class PackLinears(Pass):
 
 
 class Pack(Rule):
-    """All linears of one input that have no activation, and the same dtypes and bias-ness; the last is the root."""
+    """All linears of one input that have neither activation nor residual, and the same dtypes and bias-ness; the last
+    is the root."""
 
     name = "pack-linears"
     roots = (Linear,)
 
     def match(self, root: Node, graph: Graph) -> Match | NoMatch:
         if not _packable(root):
-            return NoMatch("the linear has an activation", root)
+            return NoMatch("the linear has an activation or a residual", root)
         readers = list(dict.fromkeys(n for n, i in graph.uses[root.inputs[0]] if i == 0 and isinstance(n.op, Linear)))
         if len(readers) == 1:
             return NoMatch("no other linear reads its input", root)
         group = [n for n in readers if _packable(n) and _kind(n) == _kind(root)]
         if len(group) == 1:
             other = next(n for n in readers if n is not root)
-            why = "has an activation" if not _packable(other) else f"has weights of another kind, {_kind(other)}"
+            kind = f"has weights of another kind, {_kind(other)}"
+            why = kind if _packable(other) else "has an activation or a residual"
             return NoMatch(f"another linear reads its input, but {why}", other, 1)
         if root is not group[-1]:
             return NoMatch("it is packed with a linear further on", root)
@@ -68,7 +70,7 @@ class Pack(Rule):
 
 
 def _packable(node: Node) -> bool:
-    return isinstance(node.op, Linear) and node.op.activation == "none"
+    return isinstance(node.op, Linear) and node.op.activation == "none" and not node.op.residual
 
 
 def _kind(node: Node) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from llmc.passes.fuse_append import FuseAppend
 from llmc.passes.fuse_attention import FuseAttention
 from llmc.passes.fuse_mlp import FuseMlp
 from llmc.passes.fuse_norm import FuseNorm
+from llmc.passes.fuse_residual import FuseResidual
 from llmc.passes.fuse_rope import FuseRope
 from llmc.passes.pack_linears import PackLinears
 from llmc.passes.paged_kv import PagedKv
@@ -27,6 +28,7 @@ COMMON = Pipeline(
         FuseAttention(),  # what may mix tokens gets a name
         FuseMlp(),  # activations and gates go into their linears, before these are packed
         PackLinears(),  # queries, keys and values in one product
+        FuseResidual(),  # what is left of additions goes into the linears, which packing leaves as they are now
         ConstantFold(),  # tables in the shapes that fused ops take
         Canonicalize(),  # fusing left slices of concatenations and reshapes of reshapes
     )

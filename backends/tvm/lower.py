@@ -54,7 +54,9 @@ class _Lowering:
             panels = self._pack(b, "pack_panels", inputs[1])
             rows = node.types[0].shape[1]
             assert isinstance(rows, int)
-            return self._emit(b, PackedLinear(rows, op.bias, op.activation), inputs[0], panels, *_floats(b, inputs[2:]))
+            packed = PackedLinear(rows, op.bias, op.activation, op.residual)
+            bias, residual = inputs[2 : 2 + op.bias], inputs[2 + op.bias :]
+            return self._emit(b, packed, inputs[0], panels, *_floats(b, bias), *residual)
         if isinstance(op, GatedLinear):
             return self._gated(b, op, node, inputs)
         if isinstance(op, Embedding) and node.inputs[1] in self.tied:

@@ -76,18 +76,20 @@ class UnpackGated(_Packing):
 
 @dataclass(frozen=True)
 class PackedLinear(Op):
-    """`linear` with its weight in panels. Operands: x [m, k], panels, [bias f32 [rows]]; result [m, rows]."""
+    """`linear` with its weight in panels. Operands: x [m, k], panels, [bias f32 [rows]], [residual f32
+    [m, rows]]; result [m, rows]."""
 
     rows: int
     bias: bool = False
     activation: str = "none"
+    residual: bool = False
 
     stage = "step"
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
-        x, packed, *bias = values
+        x, packed, *rest = values
         weight = b.unpack_panels(packed, rows=self.rows)
-        result: Value = b.linear(x, weight, *bias, bias=self.bias, activation=self.activation)
+        result: Value = b.linear(x, weight, *rest, bias=self.bias, activation=self.activation, residual=self.residual)
         return result
 
 

@@ -134,6 +134,7 @@ def _linear(op: PackedLinear, node: Node) -> Selected:
         weight_dtype=panels.type.dtype.value,
         bias=op.bias,
         epilogue=op.activation,
+        residual=op.residual,
     )
     return Selected(spec, (*node.inputs, *node.results))
 

@@ -34,33 +34,43 @@ class Matmul(Op):
 
 @dataclass(frozen=True)
 class Linear(Op):
-    """activation(x @ weightᵀ + bias). Operands: x [m, k], weight [n, k] in its storage dtype, bias [n] if `bias`.
+    """activation(x @ weightᵀ + bias) + residual. Operands: x [m, k], weight [n, k] in its storage dtype, bias [n] if
+    `bias`, residual [m, n] in x's dtype if `residual`.
 
     `activation` is `none` or a name in `ACTIVATIONS`.
     """
 
     bias: bool = False
     activation: str = "none"
+    residual: bool = False
 
     stage = "fused"
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
         self._check(types)
-        return (TensorType(types[0].dtype, (types[0].shape[0], types[1].shape[0])),)
+        result = TensorType(types[0].dtype, (types[0].shape[0], types[1].shape[0]))
+        if self.residual:
+            self.expects(types[-1] == result, f"residual {result}", *types)
+        return (result,)
 
     def _check(self, types: Sequence[TensorType]) -> None:
         self.expects(self.activation == "none" or self.activation in ACTIVATIONS, "a known activation", self.activation)
-        self.expects(len(types) == 2 + self.bias and types[0].rank == types[1].rank == 2, "x, weight and bias", *types)
+        count = 2 + self.bias + self.residual
+        self.expects(
+            len(types) == count and types[0].rank == types[1].rank == 2, "x, weight, bias and residual", *types
+        )
         self.expects(types[0].shape[1] == types[1].shape[1], "x [m, k] and weight [n, k]", *types)
         if self.bias:
             self.expects(types[2].shape == types[1].shape[:1], "bias [n]", *types)
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
-        x, weight, *bias = values
+        x, weight, *rest = values
         y = _product(b, x, weight)
-        if bias:
-            y = b.add(y, _in_dtype_of(b, bias[0], x))
-        return y if self.activation == "none" else _activate(b, y, self.activation)
+        if self.bias:
+            y = b.add(y, _in_dtype_of(b, rest[0], x))
+        if self.activation != "none":
+            y = _activate(b, y, self.activation)
+        return b.add(y, rest[-1]) if self.residual else y
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,12 @@ EXAMPLES = [
     Example(Matmul(), (f(2, 1, T, 3), f(4, 3, T)), lambda x, y: np.einsum("abij,cjk->acik", x, y)),
     Example(Linear(), (f(T, 3), f(4, 3)), lambda x, w: x @ w.T),
     Example(Linear(True, "relu"), (f(T, 3), f(4, 3), f(4)), lambda x, w, b: np.maximum(x @ w.T + b, 0)),
+    Example(
+        Linear(True, "relu", True),
+        (f(T, 3), f(4, 3), f(4), f(T, 4)),
+        lambda x, w, b, r: np.maximum(x @ w.T + b, 0) + r,
+    ),
+    Example(Linear(residual=True), (f(T, 3), f(4, 3), f(T, 4)), lambda x, w, r: r + x @ w.T),
     Example(GatedLinear("silu"), (f(T, 3), f(8, 3)), lambda x, w: silu(x @ w[:4].T) * (x @ w[4:].T)),
     Example(
         GatedLinear("silu", True),

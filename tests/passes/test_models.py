@@ -21,16 +21,18 @@ from tests.fixtures import fixture_path
 from tests.passes.graphs import counts, learned_model, rotary_model
 
 ROTARY_LAYER = Counter(
-    {"add_rms_norm": 2, "linear": 3, "rope_append": 1, "paged_attention": 1, "gated_linear": 1},
+    {"rms_norm": 2, "linear": 3, "rope_append": 1, "paged_attention": 1, "gated_linear": 1},
 )
-LEARNED_LAYER = Counter({"add_layer_norm": 2, "linear": 4, "qkv_append": 1, "paged_attention": 1})
+LEARNED_LAYER = Counter({"layer_norm": 2, "linear": 4, "qkv_append": 1, "paged_attention": 1})
 ROTARY_REST = Counter(
     {"embedding": 1, "rotary_table": 1, "rms_norm": 1, "gather_rows": 1, "linear": 1, "argmax": 1},
 )
 LEARNED_REST = Counter({"embedding": 2, "add_layer_norm": 1, "gather_rows": 1, "linear": 1, "argmax": 1})
 
 ROTARY_FIRINGS = {"rope-append": 1, "attention": 1, "gated-linear": 1, "silu": 1, "pack-linears": 1, "rope": 2}
+ROTARY_FIRINGS |= {"linear-residual": 2}
 LEARNED_FIRINGS = {"qkv-append": 1, "attention": 1, "gelu-tanh": 1, "linear-activation": 1, "linear-bias": 4}
+LEARNED_FIRINGS |= {"linear-residual": 2}
 
 
 def scaled(per_layer: Counter[str], layers: int, rest: Counter[str]) -> Counter[str]:
@@ -40,10 +42,11 @@ def scaled(per_layer: Counter[str], layers: int, rest: Counter[str]) -> Counter[
 def check_counts(step: Graph, context: PassContext, layers: int, more: Counter[str] | None = None) -> None:
     """The final ops of a step (and `more`), and the firings that made them."""
     if context.counts["rotary-table"]:
-        # The first norm has no addition before it; the last one, after the layers, has.
+        # Every sum is made by the linear before it.
         assert counts(step) == scaled(ROTARY_LAYER, layers, ROTARY_REST + (more or Counter()))
         expected = {**{k: n * layers for k, n in ROTARY_FIRINGS.items()}, "rotary-table": 1, "rms-norm": 2 * layers + 1}
     else:
+        # But for the first, of two embeddings, which its norm makes.
         assert counts(step) == scaled(LEARNED_LAYER, layers, LEARNED_REST)
         expected = {**{k: n * layers for k, n in LEARNED_FIRINGS.items()}, "layer-norm": 2 * layers + 1}
     fired = Counter(context.counts)
@@ -124,12 +127,12 @@ def test_nothing_else_is_in_a_layer() -> None:
     step = step_pipeline(DType.F32).run(rotary_model(layers=3))
     layer = [n.op.name for n in step.nodes if n not in step.parameter_only and layer_index(n.loc) == 1]
     assert layer == [
-        "add_rms_norm",
+        "rms_norm",
         "linear",
         "rope_append",
         "paged_attention",
         "linear",
-        "add_rms_norm",
+        "rms_norm",
         "gated_linear",
         "linear",
     ]
@@ -138,9 +141,9 @@ def test_nothing_else_is_in_a_layer() -> None:
 @pytest.mark.parametrize(
     "order",
     [
-        "raise-linear,pack-linears,fuse-mlp,fuse-norm,fuse-rope,fuse-attention,canonicalize",
-        "fuse-rope,fuse-norm,raise-linear,fuse-attention,fuse-mlp,pack-linears,canonicalize",
-        "canonicalize,constant-fold,raise-linear,fuse-rope,canonicalize,fuse-attention,pack-linears,fuse-mlp,fuse-norm,canonicalize",
+        "raise-linear,pack-linears,fuse-mlp,fuse-norm,fuse-residual,fuse-rope,fuse-attention,canonicalize",
+        "fuse-rope,fuse-norm,raise-linear,fuse-residual,fuse-attention,fuse-mlp,pack-linears,canonicalize",
+        "canonicalize,constant-fold,raise-linear,fuse-rope,canonicalize,fuse-attention,fuse-residual,pack-linears,fuse-mlp,fuse-norm,canonicalize",
     ],
 )
 @pytest.mark.parametrize("model", [rotary_model, learned_model])

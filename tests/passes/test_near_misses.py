@@ -232,7 +232,67 @@ def test_packing() -> None:
     assert counts(after)["linear"] == 3
     reasons = " ".join(map(str, context.refusals["pack-linears"]))
     assert "another linear reads its input, but has weights of another kind" in reasons
-    assert "the linear has an activation" in reasons
+    assert "the linear has an activation or a residual" in reasons
+
+
+def residuals(b: Model) -> Graph:
+    """Sums of which no addend may take the other in, each for another reason."""
+    x = b.input("x", F32, (b.tokens, 4))
+    wanted, row = b.linear(x, b.weight(4, 4)), b.input("row", F32, (1, 4))
+    twice = b.linear(x, b.weight(4, 4, name="twice"))
+    outputs = {
+        "plain": b.add(b.exp(x), x),
+        "wanted": wanted,
+        "sum": b.add(wanted, x),
+        "twice": b.add(twice, twice),
+        "active": b.add(b.linear(x, b.weight(4, 4, name="active"), activation="relu"), x),
+        "row": b.add(b.linear(x, b.weight(4, 4, name="row")), row),
+        "second": b.add(b.linear(x, b.weight(4, 4, name="second"), x, residual=True), x),
+    }
+    return b.graph(outputs)
+
+
+def test_residuals() -> None:
+    graph = residuals(Model())
+    verify(graph)
+    context = PassContext()
+    assert read_pipeline("fuse-residual").run(graph, context) == graph
+    reasons = " ".join(map(str, context.refusals["linear-residual"]))
+    for reason in (
+        "want linear, found",
+        "own result is also used elsewhere",
+        "has the activation relu",
+        "the addends f32[tokens, 4] and f32[1, 4] are broadcast",
+        "has a residual already",
+    ):
+        assert reason in reasons, reason
+
+
+def test_a_linear_with_a_residual_is_left_as_it_is() -> None:
+    """It is packed with no other, is no factor of a gate, and its activation stands before the addition."""
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+
+    def linear(name: str) -> Value:
+        result: Value = b.linear(x, b.weight(4, 4, name=name), x, residual=True)
+        return result
+
+    gate = b.mul(b.silu(linear("gate")), b.linear(x, b.weight(4, 4, name="up")))
+    context = PassContext()
+    after = read_pipeline("pack-linears,fuse-mlp").run(b.graph({"gate": gate, "other": linear("other")}), context)
+    assert counts(after) == {"linear": 3, "silu": 1, "mul": 1}
+    assert "adds a residual after its activation" in str(context.refusals["linear-activation"][0])
+
+
+def test_of_two_linears_the_later_one_takes_the_sum() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+    first = b.linear(x, b.weight(4, 4, name="first"))
+    second = b.linear(b.exp(x), b.weight(4, 4, name="second"))
+    after = read_pipeline("fuse-residual").run(b.graph({"out": b.add(first, second)}), observer=NumericsCheck())
+    (taking,) = (n for n in after.nodes if getattr(n.op, "residual", False))
+    assert taking.inputs[2].op.name == "linear"
+    assert taking is after.nodes[-1]
 
 
 def test_gates() -> None:

@@ -102,11 +102,11 @@ def test_the_interface() -> None:
     assert all(s.max is None for s in graph.symbols.values())
 
 
-def test_rows_are_gathered_before_the_head() -> None:
+def test_rows_are_gathered_before_the_last_norm() -> None:
     graph = step_pipeline(DType.F32).run(rotary_model())
     (gather,) = [n for n in graph.nodes if n.op.name == "gather_rows"]
-    assert [n.op.name for n, _ in graph.uses[gather.results[0]]] == ["linear"]
-    assert gather.inputs[0].op.name == "add_rms_norm"
+    assert [n.op.name for n, _ in graph.uses[gather.results[0]]] == ["rms_norm"]
+    assert gather.inputs[0].op.name == "linear"
 
 
 def test_rows_are_gathered_through_an_operand_in_any_place() -> None:

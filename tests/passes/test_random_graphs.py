@@ -26,6 +26,7 @@ from tests.passes.graphs import F32, Model
 WIDTH = 8
 SINGLE = ["canonicalize", "constant-fold", "raise-linear", "pack-linears", "fuse-norm", "fuse-rope", "fuse-attention"]
 SINGLE += ["fuse-mlp", "plan-memory", "fuse-append", "raise-linear,fuse-mlp,pack-linears", "raise-linear,pack-linears"]
+SINGLE += ["raise-linear,fuse-residual", "raise-linear,fuse-norm,fuse-residual,fuse-mlp,pack-linears"]
 
 
 class Drawn:
