@@ -9,7 +9,7 @@ import numpy as np
 
 from llmc.ir.errors import LlmcError
 from llmc.ir.graph import Graph, Leaf, Param
-from llmc.ir.op import Array, Node, Value, run
+from llmc.ir.op import Array, Value, run
 from llmc.ir.types import Dim, Linear, Sym
 
 
@@ -77,23 +77,22 @@ def _bind(dim: Dim, size: int, sizes: dict[str, int]) -> bool:
     return isinstance(dim, Linear)
 
 
-def evaluate_parameters(value: Value, load: Callable[[str], Array]) -> Array:
-    """A value of the pack program, in its storage dtype: data movement on storage arrays, arithmetic in float64.
+def evaluate_parameters(value: Value, load: Callable[[str], Array], kept: dict[Value, Array] | None = None) -> Array:
+    """A value of the pack program, in its storage dtype (see `Op.pack`).
 
-    Only the tensors that this value needs are loaded; nothing is kept.
+    Only the tensors that this value needs are loaded; nothing is kept, but in `kept`, if given, the other results of a
+    node that has several (codes and their scales), until they are asked for in another call.
     """
-
-    def compute(node: Node, arrays: list[Array]) -> tuple[Array, ...]:
-        types = [v.type for v in node.inputs]
-        if node.op.moves_data and arrays:
-            return node.op.evaluate(types, arrays, {})
-        oracles = [a.astype(v.type.dtype.oracle) for a, v in zip(arrays, node.inputs, strict=True)]
-        results = node.op.evaluate(types, oracles, {})
-        return tuple(r.astype(t.dtype.numpy) for r, t in zip(results, node.types, strict=True))
+    waiting: dict[Value, Array] = {} if kept is None else kept
 
     def visit(current: Value) -> Array:
         if isinstance(current.op, Leaf):
             return load(current.op.label)
-        return compute(current.node, [visit(v) for v in current.node.inputs])[current.index]
+        if current in waiting:
+            return waiting.pop(current)
+        node = current.node
+        results = node.op.pack([v.type for v in node.inputs], node.types, [visit(v) for v in node.inputs])
+        waiting.update((v, r) for v, r in zip(node.results, results, strict=True) if v != current)
+        return results[current.index]
 
     return visit(value)

@@ -147,10 +147,20 @@ class Op:
         holes, results = self.expand(types)
         return tuple(run(results, dict(zip(holes, arrays, strict=True)), sizes))
 
+    def pack(
+        self, types: Sequence[TensorType], results: Sequence[TensorType], arrays: Sequence[Array]
+    ) -> tuple[Array, ...]:
+        """The results as storage arrays, from storage arrays: what the pack program runs. Data movement works on them
+        as they are, arithmetic in float64."""
+        if self.moves_data and arrays:
+            return self.evaluate(types, arrays, {})
+        oracles = [a.astype(t.dtype.oracle) for a, t in zip(arrays, types, strict=True)]
+        return tuple(r.astype(t.dtype.numpy) for r, t in zip(self.evaluate(types, oracles, {}), results, strict=True))
+
     def cost(self, *types: TensorType) -> Cost:
         """Work of one execution for types without symbols: operations of the expansion, bytes of the boundary only."""
         results = self.infer(*types)
-        read, written = sum(t.bytes for t in types), sum(t.bytes for t in results)
+        read, written = self.bytes_read(types), sum(t.bytes for t in results)
         if not self.decomposes:
             return Cost(self.operations(types, results), read, written)
         flops = sum(
@@ -159,6 +169,10 @@ class Op:
             if not isinstance(n.op, Hole)
         )
         return Cost(flops, read, written)
+
+    def bytes_read(self, operands: Sequence[TensorType]) -> int:
+        """Bytes of the operands; less where an op reads only a part of one, or one is stored denser than its type."""
+        return sum(t.bytes for t in operands)
 
     def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:
         """Arithmetic operations of a primitive: by default one for each result element of an elementwise op."""

@@ -106,7 +106,7 @@ def parameter_name(value: Value) -> str:
     op = value.op
     if op.leaf:
         return str(getattr(op, "label", ""))
-    name = op.name
+    name = f"{op.name}#{value.index}" if value.index else op.name
     fields = {k: v for k, v in vars(op).items() if k != "value"}
     data = getattr(op, "value", None)
     if data is not None and hasattr(data, "sha256"):

@@ -1,5 +1,5 @@
 """The ops, by subject. Importing this package registers all of them."""
 
-from llmc.ir.ops import attention, cache, elementwise, embedding, linear, norm, reduce, rope, shape
+from llmc.ir.ops import attention, cache, elementwise, embedding, linear, norm, quantized, reduce, rope, shape
 
-__all__ = ["attention", "cache", "elementwise", "embedding", "linear", "norm", "reduce", "rope", "shape"]
+__all__ = ["attention", "cache", "elementwise", "embedding", "linear", "norm", "quantized", "reduce", "rope", "shape"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmc.ir.op import Array, Cost, Op
+from llmc.ir.op import Array, Op
 from llmc.ir.types import DType, TensorType
 
 
@@ -27,10 +27,6 @@ class Embedding(Op):
         ids, table = arrays
         return (table[ids].astype(self.dtype.oracle),)
 
-    def cost(self, *types: TensorType) -> Cost:
-        (result,) = self.infer(*types)
-        rows = TensorType(types[1].dtype, result.shape)
-        return Cost(0, types[0].bytes + rows.bytes, result.bytes)
-
-    def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:
-        return 0
+    def bytes_read(self, operands: Sequence[TensorType]) -> int:
+        ids, table = operands
+        return ids.bytes + TensorType(table.dtype, (ids.shape[0], table.shape[1])).bytes

@@ -40,6 +40,15 @@ from llmc.ir.ops.elementwise import (
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
+from llmc.ir.ops.quantized import (
+    DequantizeRows,
+    DequantizeWeight,
+    QuantizedEmbedding,
+    QuantizedGatedLinear,
+    QuantizedLinear,
+    QuantizeRows,
+    QuantizeWeight,
+)
 from llmc.ir.ops.reduce import Argmax, Mean, Softmax, Sum
 from llmc.ir.ops.rope import DynamicFrequencies, Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
@@ -143,6 +152,47 @@ def dynamic(p: Array) -> Array:
     return base[:, None] ** (-np.arange(0, 6, 2) / 6)
 
 
+def weight_types(n: int, groups: int) -> tuple[TensorType, TensorType]:
+    """Codes and scales of n rows."""
+    return TensorType(DType.U8, (n, 32 * groups)), TensorType(DType.F16, (n, groups))
+
+
+def dequantized(codes: Array, scales: Array, zero: int, width: int) -> Array:
+    """Weights, one by one."""
+    out = np.zeros((len(codes), width))
+    for row, column in np.ndindex(out.shape):
+        out[row, column] = (codes[row, column] - zero) * scales[row, column // 32]
+    return out
+
+
+def rounded(x: Array) -> tuple[Array, Array]:
+    """Codes and scales of activations, group by group, every step in float32."""
+    x = np.pad(x.astype(np.float32), ((0, 0), (0, -x.shape[1] % 32)))
+    codes, scales = np.zeros(x.shape), np.zeros((len(x), x.shape[1] // 32))
+    for row, group in np.ndindex(scales.shape):
+        part = x[row, 32 * group : 32 * group + 32]
+        largest = np.float32(max(abs(v) for v in part))
+        scales[row, group] = largest * np.float32(1 / 127)
+        inverse = np.float32(0) if largest < 1e-30 else np.float32(127) / largest
+        codes[row, 32 * group : 32 * group + 32] = [round(float(v * inverse)) for v in part]
+    return codes, scales
+
+
+def fake(x: Array) -> Array:
+    """Activations as their codes say."""
+    codes, scales = rounded(x)
+    back: Array = (codes * np.repeat(scales, 32, 1))[:, : x.shape[1]]
+    return back
+
+
+def absmax_q8(w: Array) -> tuple[Array, Array]:
+    """One group a row."""
+    w = np.pad(w, ((0, 0), (0, 32 - w.shape[1])))
+    scales = (np.abs(w).max(1, keepdims=True).astype(np.float32) / np.float32(127)).astype(np.float16)
+    return 128 + np.rint(w.astype(np.float32) / scales.astype(np.float32)), scales
+
+
+CODES = np.random.default_rng(3).integers(0, 16, (4, 64))
 POSITIONS = {3: np.arange(SIZE)}
 TABLE = np.arange(12.0).reshape(4, 3).astype(np.float32)
 
@@ -190,6 +240,64 @@ EXAMPLES = [
         GatedLinear("silu", True),
         (f(T, 3), f(4, 3), f(4)),
         lambda x, w, b: silu(x @ w[:2].T + b[:2]) * (x @ w[2:].T + b[2:]),
+    ),
+    Example(QuantizeWeight("q8"), (f(4, 30),), absmax_q8),
+    Example(
+        QuantizeWeight("q4"),
+        (f(2, 32),),
+        lambda w: (np.array([np.arange(32) % 16, np.full(32, 8)]), np.array([[0.5], [0]])),
+        {0: np.array([np.arange(32) % 16 - 8.0, np.zeros(32)]) / 2},
+    ),
+    Example(DequantizeWeight("q8", 33), weight_types(4, 2), lambda c, s: dequantized(c, s, 128, 33)),
+    Example(DequantizeWeight("q4", 64), weight_types(4, 2), lambda c, s: dequantized(c, s, 8, 64), {0: CODES}),
+    Example(QuantizeRows(), (f(T, 64),), rounded),
+    Example(QuantizeRows(), (f(T, 40),), rounded),
+    Example(
+        QuantizeRows(2),
+        (f(2, 4),),
+        lambda x: (
+            np.array([[127, -64, 0, 0], [0, 0, 2, 127]]),
+            np.array([[2, 0], [1e-31, 254]]).astype(np.float32) * np.float32(1 / 127),
+        ),
+        {0: np.array([[2.0, -1, 0, 0], [1e-31, 0, 5, 254]])},
+    ),
+    Example(
+        DequantizeRows(33),
+        (TensorType(DType.I8, (T, 64)), f(T, 2)),
+        lambda c, s: (c * np.repeat(s, 32, 1))[:, :33],
+    ),
+    Example(
+        QuantizedLinear("q8"),
+        (f(T, 33), *weight_types(4, 2)),
+        lambda x, c, s: fake(x) @ dequantized(c, s, 128, 33).T,
+    ),
+    Example(
+        QuantizedLinear("q4", True, "relu", True),
+        (f(T, 64), *weight_types(4, 2), f(4), f(T, 4)),
+        lambda x, c, s, b, r: np.maximum(fake(x) @ dequantized(c, s, 8, 64).T + b, 0) + r,
+        {1: CODES},
+    ),
+    Example(
+        QuantizedGatedLinear("q4", "silu"),
+        (f(T, 64), *weight_types(4, 2)),
+        lambda x, c, s: silu(fake(x) @ dequantized(c, s, 8, 64)[:2].T) * (fake(x) @ dequantized(c, s, 8, 64)[2:].T),
+        {1: CODES},
+    ),
+    Example(
+        QuantizedGatedLinear("q8", "relu", True),
+        (f(T, 32), *weight_types(2, 1), f(2)),
+        lambda x, c, s, b: np.prod(
+            [
+                np.maximum(fake(x) @ dequantized(c, s, 128, 32)[:1].T + b[:1], 0),
+                fake(x) @ dequantized(c, s, 128, 32)[1:].T + b[1:],
+            ],
+            axis=0,
+        ),
+    ),
+    Example(
+        QuantizedEmbedding("q4", 50),
+        (i(T), *weight_types(7, 2)),
+        lambda ids, c, s: dequantized(c, s, 8, 50)[ids],
     ),
     Example(RmsNorm(0.1), (f(T, 4), f(4)), rms),
     Example(LayerNorm(0.1), (f(2, T, 4), f(4), f(4)), layer_norm),

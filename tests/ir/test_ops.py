@@ -14,12 +14,22 @@ from llmc.ir.ops.cache import KvAppend
 from llmc.ir.ops.elementwise import Add, Mask, Mul
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
+from llmc.ir.ops.quantized import (
+    DequantizeRows,
+    DequantizeWeight,
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedGatedLinear,
+    QuantizedLinear,
+    QuantizeRows,
+    QuantizeWeight,
+)
 from llmc.ir.ops.rope import Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
 from llmc.ir.text import parse
 from llmc.ir.types import DType, TensorType
 from llmc.ir.verify import verify
-from tests.ir.examples import EXAMPLES, PAGED, SIZE, STATES, TABLE, Example, T, f, i
+from tests.ir.examples import EXAMPLES, PAGED, SIZE, STATES, TABLE, Example, T, f, i, weight_types
 
 OURS = sorted(name for name, kind in Op.registry.items() if kind.__module__.startswith("llmc.ir.ops."))
 each = pytest.mark.parametrize("example", EXAMPLES, ids=str)
@@ -100,7 +110,7 @@ def test_costs(example: Example) -> None:
         _, results = op.expand(types)
         inner = [n for n in topological(v.node for v in results) if not isinstance(n.op, Hole)]
         assert cost.flops == sum(n.op.cost(*(v.type for v in n.inputs)).flops for n in inner)
-        assert cost.bytes_read == sum(t.bytes for t in types)
+        assert cost.bytes_read == sum(t.bytes for t in types) or isinstance(op, Quantized)
         moved = sum(n.op.cost(*(v.type for v in n.inputs)).bytes for n in inner)
         assert cost.bytes <= moved, "fusing saves traffic"
 
@@ -130,6 +140,20 @@ def test_operands_of_another_number_are_refused(example: Example) -> None:
         (Linear(residual=True), (f(T, 4), f(3, 4), f(1, 3)), r"expected residual f32\[t, 3\]"),
         (GatedLinear("silu"), (f(T, 4), f(3, 4)), "expected an even number of weight rows"),
         (Embedding(DType.F32), (f(T), f(3, 4)), "^embedding"),
+        (QuantizeWeight("q5"), (f(3, 32),), "^quantize_weight{format=q5}: expected a format of q8, q4; given q5"),
+        (QuantizeWeight("q4"), (i(3, 32),), "expected a matrix of floats"),
+        (DequantizeWeight("q4", 65), weight_types(4, 2), r"expected codes \[n, 96\] and scales \[n, 3\]"),
+        (DequantizeWeight("q4", 64), (*weight_types(4, 2)[:1], f(4, 2)), "expected codes u8 and scales f16"),
+        (QuantizeRows(), (i(T, 32),), r"expected x f32 \[m, k\]"),
+        (DequantizeRows(65), (TensorType(DType.I8, (T, 64)), f(T, 2)), "expected a width of at most 64"),
+        (DequantizeRows(64), (TensorType(DType.I8, (T, 64)), f(T, 3)), r"expected codes \[m, K\] and scales"),
+        (QuantizedLinear("q4"), (f(T, 65), *weight_types(4, 2)), r"expected codes \[n, 96\]"),
+        (QuantizedLinear("q4", True), (f(T, 64), *weight_types(4, 2), f(5)), r"expected bias \[n\]"),
+        (QuantizedLinear("q4", residual=True), (f(T, 64), *weight_types(4, 2), f(4)), r"residual f32\[t, 4\]"),
+        (QuantizedLinear("q4", False, "swosh"), (f(T, 64), *weight_types(4, 2)), "expected a known activation"),
+        (QuantizedGatedLinear("q4", "silu"), (f(T, 64), *weight_types(3, 2)), "an even number of weight rows"),
+        (QuantizedGatedLinear("q4", "silu", True), (f(T, 64), *weight_types(4, 2), f(2)), r"expected bias \[2n\]"),
+        (QuantizedEmbedding("q4", 64), (f(T), *weight_types(4, 2)), r"expected ids i32 \[n\]"),
         (Reshape((T, 5)), (f(T, 4),), r"^reshape\{shape=\[t, 5\]\}: expected as many elements as before"),
         (Transpose((0, 0)), (f(T, 4),), "expected axes that permute rank 2"),
         (Slice(1, 2, 5), (f(T, 4),), r"^slice\{axis=1, start=2, stop=5, step=1\}: expected a range inside the axis"),
@@ -162,6 +186,24 @@ def test_operands_of_another_number_are_refused(example: Example) -> None:
 def test_what_inference_refuses(op: Op, types: tuple[TensorType, ...], message: str) -> None:
     with pytest.raises(LlmcError, match=message):
         op.infer(*types)
+
+
+def test_quantized_weights_cost_their_true_bits() -> None:
+    x, codes, scales = f(5, 64), *weight_types(8, 2)
+    weights = {"q8": 8 * 64 + 8 * 2 * 2, "q4": 8 * 64 // 2 + 8 * 2 * 2}
+    for name, bytes in weights.items():
+        assert QuantizedLinear(name).cost(x, codes, scales).bytes_read == x.bytes + bytes
+        assert QuantizedLinear(name).cost(x, codes, scales).flops == Linear().cost(x, f(8, 64)).flops
+        assert QuantizedGatedLinear(name, "relu").cost(x, codes, scales).bytes_read == x.bytes + bytes
+        embedding = QuantizedEmbedding(name, 64).cost(i(3), codes, scales)
+        assert embedding.bytes_read == 3 * (4 + bytes // 8), "three ids, three rows"
+
+
+def test_activations_that_are_not_finite_stay_so() -> None:
+    codes, scales = QuantizeRows(2).reference(np.array([[np.inf, 1.0, np.nan, 1.0, 1.0, 0.5]]))
+    (x,) = DequantizeRows(6).reference(codes, scales)
+    assert np.isnan(x[0, :4]).all()
+    assert np.isfinite(x[0, 4:]).all()
 
 
 def test_rounding_of_states() -> None:
