@@ -15,7 +15,7 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 def write_wheel(package: Path, manifest: dict[str, Any], name: str) -> Path:
     """`NAME-VERSION-py3-none-PLATFORM.whl` beside the package; written aside, then renamed."""
     version = manifest["llmc_version"]
-    machine = "aarch64" if manifest["target"]["variants"][0]["name"] == "aarch64" else "x86_64"
+    machine = manifest["target"]["machine"]
     glibc = manifest["requires"]["glibc"].replace(".", "_")
     tag = f"py3-none-manylinux_{glibc}_{machine}"
     info = f"{name}-{version}.dist-info"

@@ -9,21 +9,28 @@ from llmc.ir.errors import LlmcError, nearest
 
 @dataclass(frozen=True)
 class CpuVariant:
-    """One CPU instruction set: `lanes` is the f32 vector width, `requires` the /proc/cpuinfo flags."""
+    """One CPU instruction set. `requires`: features by their names in /proc/cpuinfo; `machine`: as `uname -m` says."""
 
     name: str
-    lanes: int
-    llvm_cpu: str
     requires: tuple[str, ...]
+    machine: str = "x86_64"
 
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
 
 CPU_VARIANTS: dict[str, CpuVariant] = {
     v.name: v
     for v in (
-        CpuVariant("x86-64-v3", 8, "x86-64-v3", ("avx2", "fma", "f16c", "bmi2")),
-        CpuVariant("x86-64-v4", 16, "x86-64-v4", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")),
+        CpuVariant("x86-64-v3", ("avx2", "fma", "f16c", "bmi2")),
+        CpuVariant("x86-64-v4", _AVX512),
+        CpuVariant("avx512-vnni", (*_AVX512, "avx512_vnni")),
+        CpuVariant("aarch64", ("asimd", "asimdhp", "asimddp"), "aarch64"),
     )
 }
+"""What kernels can be compiled for, the best of a machine last."""
+
+PORTABLE = ("x86-64-v3", "x86-64-v4", "avx512-vnni")
+"""What `cpu:portable` holds."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,15 @@ class Target:
     kind: str
     variants: tuple[CpuVariant, ...]
 
+    @property
+    def machine(self) -> str:
+        """The one machine that all variants are for."""
+        return self.variants[0].machine
+
 
 def parse_target(text: str, host_flags: frozenset[str]) -> Target:
-    """A target from the command line: `cpu` is the best variant for this machine, `cpu:portable` all of them, or
-    `cpu:x86-64-v3,x86-64-v4`. Raises `LlmcError` naming what is known."""
+    """A target from the command line: `cpu` is the best variant for this machine, `cpu:portable` those of `PORTABLE`,
+    or `cpu:x86-64-v3,x86-64-v4`. Raises `LlmcError` naming what is known."""
     kind, _, rest = text.partition(":")
     if kind != "cpu":
         raise LlmcError(f"target {text!r}: this version compiles for 'cpu'; known variants: {', '.join(CPU_VARIANTS)}")
@@ -46,10 +58,12 @@ def parse_target(text: str, host_flags: frozenset[str]) -> Target:
             raise LlmcError(f"target 'cpu': this machine supports none of {', '.join(CPU_VARIANTS)}")
         return Target("cpu", (fitting[-1],))
     if rest == "portable":
-        return Target("cpu", tuple(CPU_VARIANTS.values()))
+        return Target("cpu", tuple(CPU_VARIANTS[name] for name in PORTABLE))
     chosen = []
     for name in rest.split(","):
         if name not in CPU_VARIANTS:
             raise LlmcError(f"target {text!r}: unknown variant {name!r}; {nearest(name, CPU_VARIANTS)}")
         chosen.append(CPU_VARIANTS[name])
+    if len({v.machine for v in chosen}) > 1:
+        raise LlmcError(f"target {text!r}: one package is for one kind of machine; compile for aarch64 by itself")
     return Target("cpu", tuple(dict.fromkeys(chosen)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from llmc.backends.tvm.plan import Buffers, describe_entry
 from llmc.importers.hf import ImportedModel
 from llmc.ir.graph import Graph, StateInput
 from llmc.ir.printer import INLINE
+from llmc.ir.target import Target
 from llmc.ir.types import DType
 from llmc.options import CompileOptions
 
@@ -54,6 +54,7 @@ def make_manifest(
     imported: ImportedModel,
     kernels: Kernels,
     kv_dtype: DType,
+    target: Target,
     versions: Mapping[str, str],
     sizes: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def make_manifest(
         "llmc_version": __version__,
         "model": {k: v for k, v in asdict(info).items() if k not in ("generation", "chat_templates")},
         "generation": dict(info.generation),
-        "target": {"kind": "cpu", "machine": platform.machine(), "variants": list(kernels.variants)},
+        "target": {"kind": "cpu", "machine": target.machine, "variants": list(kernels.variants)},
         "quantization": {
             "weights": "none",
             "kv": kv_dtype.value,

@@ -64,8 +64,9 @@ def compile_model(
             report.kernel_seconds = dict(kernels.seconds)
         with report.phase("packing"):
             tensors = parameters(entries)
+            evaluate = partial(evaluate_parameters, load=load, kept={})
             placed = package.write_tensors(
-                "weights.bin", [(label, partial(evaluate_parameters, value, load)) for label, value in tensors.items()]
+                "weights.bin", [(label, partial(evaluate, value)) for label, value in tensors.items()]
             )
         with report.phase("checks"):
             checks = make_checks(imported.graph, load, imported.info, kv_dtype, options)
@@ -86,7 +87,7 @@ def compile_model(
             "arena": plan["arena_bytes"],
             "private": plan["private_bytes"],
         }
-        manifest = make_manifest(name, imported, kernels, kv_dtype, backend.versions, report.sizes)
+        manifest = make_manifest(name, imported, kernels, kv_dtype, target, backend.versions, report.sizes)
         package.finish(manifest)
     if options.wheel:
         report.wheel = write_wheel(report.package, manifest, name)

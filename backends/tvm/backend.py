@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmc.backends.base import Entry, Kernels
 from llmc.backends.tvm.code import compile_specs
+from llmc.backends.tvm.compile import find_compiler
 from llmc.backends.tvm.lower import lower
 from llmc.backends.tvm.plan import plan_entry
 from llmc.ir.graph import Graph
@@ -20,6 +21,7 @@ class TvmBackend:
     name = "tvm"
 
     def __init__(self, target: Target) -> None:
+        find_compiler(target.machine)  # now, and not when everything else is done
         self.target = target
 
     @property

@@ -11,12 +11,27 @@ from typing import Any
 from llmc.backends.base import Kernels, KernelSpec
 from llmc.backends.tvm.compile import compile_kernel, link
 from llmc.backends.tvm.isa import ISAS, Isa
-from llmc.backends.tvm.kernels import attention, cache, elementwise, embedding, linear, norm, rotary, rows
+from llmc.backends.tvm.kernels import (
+    attention,
+    cache,
+    elementwise,
+    embedding,
+    linear,
+    norm,
+    quantized,
+    rotary,
+    rows,
+    tiles,
+)
 from llmc.ir.target import CpuVariant
 
 _MAKERS: dict[str, Callable[..., Any]] = {
     "embedding": embedding.embedding,
     "packed_embedding": embedding.packed_embedding,
+    "quantized_embedding": embedding.quantized_embedding,
+    "quantize_tiles": tiles.quantize_tiles,
+    "quantized_linear": quantized.quantized_linear,
+    "quantized_gated_linear": quantized.quantized_gated_linear,
     "rms_norm": norm.rms_norm,
     "add_rms_norm": norm.add_rms_norm,
     "layer_norm": norm.layer_norm,
@@ -30,6 +45,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "paged_attention": attention.paged_attention,
     "gather_rows": rows.gather_rows,
     "argmax": rows.argmax,
+    "best_of_panels": rows.best_of_panels,
     "add": elementwise.add,
     "multiply": elementwise.multiply,
     "scale": elementwise.scale,

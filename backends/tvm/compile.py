@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -51,7 +52,13 @@ def compile_kernel(func: Any, isa: Isa) -> bytes:
     convention, and turn large local arrays into calls of TVM's runtime, which packages do not have.
     """
     target = tvm.target.Target(
-        {"kind": "llvm", "mcpu": isa.mcpu, "mattr": list(isa.features), "cl-opt": list(LLVM_OPTIONS)}
+        {
+            "kind": "llvm",
+            "mtriple": f"{isa.machine}-linux-gnu",
+            "mcpu": isa.mcpu,
+            "mattr": list(isa.features),
+            "cl-opt": list(LLVM_OPTIONS),
+        }
     )
     passes = tvm.transform.Sequential(
         [
@@ -78,6 +85,7 @@ def link(objects: Mapping[str, bytes], isa: Isa, output: Path) -> None:
             (folder / f"{symbol}.o").write_bytes(data)
         for source in native_sources():
             _gcc(
+                isa.machine,
                 *COMPILE_FLAGS,
                 *isa.gcc_flags,
                 f'-DLLMC_ISA="{isa.name}"',
@@ -92,14 +100,25 @@ def link(objects: Mapping[str, bytes], isa: Isa, output: Path) -> None:
         parts = [f"{symbol}.o" for symbol in sorted(objects)] + [f"{s.stem}.native.o" for s in native_sources()]
         # A response file: a model with many kernels would overrun the command line.
         (folder / "parts.txt").write_text("\n".join(parts))
-        _gcc(*LINK_FLAGS, "-Wl,--version-script=exports.map", "@parts.txt", "-o", "out.so", cwd=folder)
+        _gcc(isa.machine, *LINK_FLAGS, "-Wl,--version-script=exports.map", "@parts.txt", "-o", "out.so", cwd=folder)
         output.write_bytes((folder / "out.so").read_bytes())
 
 
-def _gcc(*arguments: str | Path, cwd: Path) -> None:
-    gcc = os.environ.get("CC") or "gcc"
+def find_compiler(machine: str) -> str:
+    """The C compiler for a machine: $CC or gcc for this one, a cross compiler for another. Raises `LlmcError`."""
+    if machine == platform.machine():
+        gcc = os.environ.get("CC") or "gcc"
+        advice = "install gcc, or set CC"
+    else:
+        gcc = f"{machine}-linux-gnu-gcc"
+        advice = f"install it (Debian and Ubuntu: apt install gcc-{machine.replace('_', '-')}-linux-gnu)"
     if shutil.which(gcc) is None:
-        raise LlmcError(f"compiling for a CPU needs a C compiler, and {gcc!r} was not found: install gcc, or set CC")
+        raise LlmcError(f"compiling for {machine} needs a C compiler, and {gcc!r} was not found: {advice}")
+    return gcc
+
+
+def _gcc(machine: str, *arguments: str | Path, cwd: Path) -> None:
+    gcc = find_compiler(machine)
     done = subprocess.run(
         [gcc, *map(str, arguments)],
         cwd=cwd,

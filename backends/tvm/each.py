@@ -7,6 +7,7 @@ has none: every task computes all rows into memory of its own ("private"), and w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 from llmc.backends.base import Launch
 from llmc.backends.tvm.select import Selected
@@ -18,6 +19,8 @@ EACH_KINDS = frozenset(
     (
         "embedding",
         "packed_embedding",
+        "quantized_embedding",
+        "quantize_tiles",
         "rms_norm",
         "add_rms_norm",
         "layer_norm",
@@ -95,9 +98,8 @@ def _next_barriers(launches: Sequence[Launch]) -> list[int]:
 
 
 def _width(value: Value) -> int:
-    width = value.type.shape[-1]
-    assert isinstance(width, int)
-    return width
+    """Elements of a value for each token."""
+    return prod(dim for dim in value.type.shape if isinstance(dim, int))
 
 
 def _allocate(lifetimes: Mapping[Value, tuple[int, int]], sizes: Mapping[Value, int] | None) -> MemoryPlan:

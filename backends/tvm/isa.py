@@ -9,16 +9,21 @@ from dataclasses import dataclass
 class Isa:
     """One instruction set.
 
-    `lanes`: f32 elements of a vector register (divides 16). `row_tile`: rows of activations that a matrix kernel keeps
-    in registers at once. `mcpu` and `features` are LLVM's, `gcc_flags` select the same for the C runtime.
+    `lanes`: f32 elements of a vector register (divides 16). `row_tile`: rows of activations that a float matrix kernel
+    keeps in registers at once; `code_tile`: the same for quantized ones. `dot`: how four bytes are multiplied with four
+    and added, see `kernels.dot`. `mcpu` and `features` are LLVM's, `gcc_flags` select the same for the C runtime.
+    `machine`: as `uname -m` says.
     """
 
     name: str
     lanes: int
     row_tile: int
+    code_tile: int
+    dot: str
     mcpu: str
     features: tuple[str, ...]
     gcc_flags: tuple[str, ...]
+    machine: str = "x86_64"
 
     @property
     def vectors(self) -> int:
@@ -26,11 +31,28 @@ class Isa:
         return 16 // self.lanes
 
 
+# Without it LLVM keeps to 256 bits, as some early AVX-512 machines lower their clock.
+_WIDE = "-prefer-256-bit"
+
+_V4 = ("-march=x86-64-v4",)
+_VNNI, _VNNI_GCC = (_WIDE, "+avx512vnni"), (*_V4, "-mavx512vnni")
+
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86-64-v3", 8, 6, "x86-64-v3", (), ("-march=x86-64-v3",)),
-        # Without it LLVM keeps to 256 bits, as some early AVX-512 machines lower their clock.
-        Isa("x86-64-v4", 16, 12, "x86-64-v4", ("-prefer-256-bit",), ("-march=x86-64-v4",)),
+        Isa("x86-64-v3", 8, 6, 3, "maddubs", "x86-64-v3", (), ("-march=x86-64-v3",)),
+        Isa("x86-64-v4", 16, 12, 8, "maddubs", "x86-64-v4", (_WIDE,), _V4),
+        Isa("avx512-vnni", 16, 12, 12, "dpbusd", "x86-64-v4", _VNNI, _VNNI_GCC),
+        Isa(
+            "aarch64",
+            4,
+            4,
+            2,
+            "sdot",
+            "generic",
+            ("+neon", "+fullfp16", "+dotprod"),
+            ("-march=armv8.2-a+fp16+dotprod",),
+            machine="aarch64",
+        ),
     )
 }

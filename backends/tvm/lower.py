@@ -5,33 +5,75 @@ What is added on the parameters' side is the pack program: it runs once, tensor 
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmc.backends.tvm.ops import DynamicRotaryTable, JointAttention, PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
+from llmc.backends.tvm.tiled_ops import (
+    AddLayerNormTiles,
+    AddRmsNormTiles,
+    BestOfPanels,
+    LayerNormTiles,
+    RmsNormTiles,
+    TiledEmbedding,
+    TiledGatedLinear,
+    TiledGatedLinearTiles,
+    TiledLinear,
+    TiledLinearKeys,
+    TiledLinearTiles,
+)
 from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph
-from llmc.ir.op import Emitter, Hole, Node, Value, as_tuple, topological
+from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
+from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, QuantizedLinear
+from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
+from llmc.ir.pattern import Match
 from llmc.ir.printer import op_text
+from llmc.ir.quant import FORMATS
+from llmc.ir.rewrite import Fuse, rewrite
 from llmc.ir.types import DType
 
 _NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2}
 """Where a norm's weights begin among its operands."""
 
 
+_TILES = (
+    RmsNormTiles,
+    LayerNormTiles,
+    AddRmsNormTiles,
+    AddLayerNormTiles,
+    TiledGatedLinearTiles,
+    TiledLinearTiles,
+    TiledLinearKeys,
+)
+"""Launches that also do what follows: quantize what they make, so that most activations are written once, as codes; or
+note the largest logit."""
+
+
 def lower(graph: Graph) -> Graph:
     """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none."""
     lowering = _Lowering(graph)
-    return graph.map(lowering.node)
+    return rewrite(graph.map(lowering.node), [_FuseIntoProducer(op) for op in _TILES]).graph
+
+
+class _FuseIntoProducer(Fuse):
+    """What follows becomes part of the launch that makes its operand, and stands where that stands."""
+
+    def rewrite(self, b: Emitter, match: Match) -> Any:
+        b.loc = match.root.inputs[0].node.loc
+        return super().rewrite(b, match)
 
 
 class _Lowering:
     def __init__(self, graph: Graph) -> None:
         self.packed: dict[tuple[str, Value], Value] = {}
+        self.tiles: dict[Value, tuple[Value, ...]] = {}
         self.parameter_only = graph.parameter_only
         linear = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Linear)}
         self.absorbed = _absorbed(graph)
@@ -59,6 +101,11 @@ class _Lowering:
             return self._emit(b, packed, inputs[0], panels, *_floats(b, bias), *residual)
         if isinstance(op, GatedLinear):
             return self._gated(b, op, node, inputs)
+        if isinstance(op, QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding):
+            return self._quantized(b, op, inputs)
+        if isinstance(op, Argmax) and isinstance(inputs[0].op, TiledLinear):
+            # Its panels say which output is the largest, as they are made: logits are not read again.
+            return self._emit(b, BestOfPanels(), b.panel_keys(inputs[0]))
         if isinstance(op, Embedding) and node.inputs[1] in self.tied:
             panels = self._pack(b, "pack_panels", inputs[1])
             rows = inputs[1].type.shape[0]
@@ -83,6 +130,42 @@ class _Lowering:
             raise NoKernel(f"no CPU kernel for {name}({types}){attributes} at {node.loc or 'no place'}, a primitive op")
         return self._expand(b, made)
 
+    def _quantized(
+        self, b: Emitter, op: QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding, inputs: tuple[Value, ...]
+    ) -> Value:
+        """The op over codes and scales in panels; activations in tiles, made once for all their readers."""
+        x, codes, scales, *rest = inputs
+        bits = FORMATS[op.format].bits
+        rows, width = codes.type.shape[0], x.type.shape[-1]
+        assert isinstance(rows, int)
+        if isinstance(op, QuantizedGatedLinear):
+            if op.bias:
+                return self._gated_with_bias(b, op, inputs)
+            codes, scales = b.interleave_gated(codes), b.interleave_gated(scales)
+        weight = (b.pack_codes(codes, bits=bits), b.pack_panels(scales))
+        if isinstance(op, QuantizedEmbedding):
+            return self._emit(b, TiledEmbedding(op.format, rows, op.width), x, *weight)
+        assert isinstance(width, int)
+        if x not in self.tiles:
+            self.tiles[x] = b.quantize_tiles(x)
+        if isinstance(op, QuantizedGatedLinear):
+            gated = TiledGatedLinear(op.format, rows // 2, width, op.activation)
+            return self._emit(b, gated, *self.tiles[x], *weight)
+        linear = TiledLinear(op.format, rows, width, op.bias, op.activation, op.residual)
+        return self._emit(b, linear, *self.tiles[x], *weight, *_floats(b, tuple(rest)))
+
+    def _gated_with_bias(self, b: Emitter, op: QuantizedGatedLinear, inputs: tuple[Value, ...]) -> Value:
+        """Two linears and a product: gated panels have no place for a bias."""
+        x, *weights = inputs
+        rows = weights[0].type.shape[0]
+        assert isinstance(rows, int)
+        halves = []
+        for start, activation in ((0, op.activation), (rows // 2, "none")):
+            part = [b.slice(w, axis=0, start=start, stop=start + rows // 2) for w in weights]
+            halves.append(self._quantized(b, QuantizedLinear(op.format, True, activation), (x, *part)))
+        result: Value = b.mul(*halves)
+        return result
+
     def _expand(self, b: Emitter, node: Node) -> tuple[Value, ...]:
         """The node's decomposition, lowered in turn."""
         holes, results = node.op.expand([v.type for v in node.inputs])
@@ -94,9 +177,7 @@ class _Lowering:
             new.update(zip(inner.results, as_tuple(made), strict=True))
         return tuple(new[v] for v in results)
 
-    def _emit(
-        self, b: Emitter, op: PackedLinear | PackedGatedLinear | PackedEmbedding | JointAttention, *inputs: Value
-    ) -> Value:
+    def _emit(self, b: Emitter, op: Op, *inputs: Value) -> Value:
         made = b.make(op, inputs)
         assert has_kernel(made), made
         return made.results[0]

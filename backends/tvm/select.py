@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.tvm.ops import (
@@ -13,6 +13,20 @@ from llmc.backends.tvm.ops import (
     PackedEmbedding,
     PackedGatedLinear,
     PackedLinear,
+)
+from llmc.backends.tvm.tiled_ops import (
+    AddLayerNormTiles,
+    AddRmsNormTiles,
+    BestOfPanels,
+    LayerNormTiles,
+    QuantizeTiles,
+    RmsNormTiles,
+    TiledEmbedding,
+    TiledGatedLinear,
+    TiledGatedLinearTiles,
+    TiledLinear,
+    TiledLinearKeys,
+    TiledLinearTiles,
 )
 from llmc.ir.op import Node, Op, Value
 from llmc.ir.ops.attention import PagedAttention
@@ -23,6 +37,7 @@ from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import RotaryTable
 from llmc.ir.ops.shape import GatherRows
+from llmc.ir.quant import FORMATS
 from llmc.ir.types import DType, TensorType, symbols_of
 
 _OpT = TypeVar("_OpT", bound=Op)
@@ -115,11 +130,88 @@ def _add_layer_norm(op: AddLayerNorm, node: Node) -> Selected | None:
     return _norm("add_layer_norm", op.eps, node)
 
 
-def _norm(kind: str, eps: float, node: Node) -> Selected | None:
-    x = node.types[0]
+@_kernel(RmsNormTiles)
+def _rms_norm_tiles(op: RmsNormTiles, node: Node) -> Selected | None:
+    return _norm("rms_norm", op.eps, node, tiles=True)
+
+
+@_kernel(LayerNormTiles)
+def _layer_norm_tiles(op: LayerNormTiles, node: Node) -> Selected | None:
+    return _norm("layer_norm", op.eps, node, tiles=True)
+
+
+@_kernel(AddRmsNormTiles)
+def _add_rms_norm_tiles(op: AddRmsNormTiles, node: Node) -> Selected | None:
+    return _norm("add_rms_norm", op.eps, node, tiles=True)
+
+
+@_kernel(AddLayerNormTiles)
+def _add_layer_norm_tiles(op: AddLayerNormTiles, node: Node) -> Selected | None:
+    return _norm("add_layer_norm", op.eps, node, tiles=True)
+
+
+def _norm(kind: str, eps: float, node: Node, **tiles: bool) -> Selected | None:
+    x = node.inputs[0].type
     if x.rank != 2 or any(v.type.dtype is not DType.F32 for v in node.inputs):
         return None
-    spec = KernelSpec.of(kind, rows_dim=_rows(x), hidden=_width(x), eps=eps)
+    spec = KernelSpec.of(kind, rows_dim=_rows(x), hidden=_width(x), eps=eps, **tiles)
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(QuantizeTiles)
+def _quantize_tiles(op: QuantizeTiles, node: Node) -> Selected | None:
+    x = node.inputs[0].type
+    if x.dtype is not DType.F32:
+        return None
+    return Selected(KernelSpec.of("quantize_tiles", rows_dim=_rows(x), width=_width(x)), (*node.inputs, *node.results))
+
+
+@_kernel(TiledLinear)
+def _tiled_linear(op: TiledLinear, node: Node) -> Selected:
+    return _tiled("quantized_linear", op, node, bias=op.bias, epilogue=op.activation, residual=op.residual)
+
+
+@_kernel(TiledLinearTiles)
+def _tiled_linear_tiles(op: TiledLinearTiles, node: Node) -> Selected:
+    return _tiled("quantized_linear", op, node, bias=True, epilogue=op.activation, tiles=True)
+
+
+@_kernel(TiledLinearKeys)
+def _tiled_linear_keys(op: TiledLinearKeys, node: Node) -> Selected:
+    return _tiled("quantized_linear", op, node, best=True)
+
+
+@_kernel(BestOfPanels)
+def _best_of_panels(op: BestOfPanels, node: Node) -> Selected:
+    return Selected(KernelSpec.of("best_of_panels", panels=_width(node.inputs[0].type)), (*node.inputs, *node.results))
+
+
+@_kernel(TiledGatedLinear)
+def _tiled_gated_linear(op: TiledGatedLinear, node: Node) -> Selected:
+    return _tiled("quantized_gated_linear", op, node, activation=op.activation)
+
+
+@_kernel(TiledGatedLinearTiles)
+def _tiled_gated_linear_tiles(op: TiledGatedLinearTiles, node: Node) -> Selected:
+    return _tiled("quantized_gated_linear", op, node, activation=op.activation, tiles=True)
+
+
+def _tiled(kind: str, op: Any, node: Node, **parameters: bool | str) -> Selected:
+    rows = node.inputs[1].type  # scales [groups, m]
+    spec = KernelSpec.of(
+        kind,
+        rows_dim=_rows(TensorType(rows.dtype, rows.shape[1:])),
+        n=op.rows,
+        k=op.width,
+        bits=FORMATS[op.format].bits,
+        **parameters,
+    )
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(TiledEmbedding)
+def _tiled_embedding(op: TiledEmbedding, node: Node) -> Selected:
+    spec = KernelSpec.of("quantized_embedding", vocab=op.rows, hidden=op.width, bits=FORMATS[op.format].bits)
     return Selected(spec, (*node.inputs, *node.results))
 
 

@@ -24,12 +24,7 @@ def linear(symbol, isa, *, rows_dim, n, k, weight_dtype, bias=False, epilogue="n
     """x f32 [rows, k], w packed [ceil(n / 16), k, 16] (`packing.pack`), [bias f32 [n]], [residual f32 [rows, n]],
     y f32 [rows, n]."""
 
-    def result(scratch, column, lanes, B, R, col, row):
-        value = load(scratch, column, lanes)
-        value = value + load(B, col, lanes) if bias else value
-        value = activate(epilogue, value)
-        return value + load(R, row * n + col, lanes) if residual else value
-
+    result = linear_result(n, bias, epilogue, residual)
     return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, PANEL, result, bias, residual)
 
 
@@ -37,16 +32,56 @@ def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
     """x f32 [rows, k], w packed [ceil(n / 8), k, 16] (`packing.pack_gated`),
     y f32 [rows, n] = activation(x gateᵀ) · (x upᵀ)."""
 
+    return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, HALF, gated_result(activation), False, False)
+
+
+def linear_result(n, bias, epilogue, residual):
+    """A `result(scratch, column, lanes, B, R, col, row)`: outputs of a panel's sums, at (row, col) of y."""
+
+    def result(scratch, column, lanes, B, R, col, row):
+        value = load(scratch, column, lanes)
+        value = value + load(B, col, lanes) if bias else value
+        value = activate(epilogue, value)
+        return value + load(R, row * n + col, lanes) if residual else value
+
+    return result
+
+
+def gated_result(activation):
+    """The same for gated panels: 8 sums of gate, then the 8 of up that belong to them."""
+
     def result(scratch, column, lanes, B, R, col, row):
         return activate(activation, load(scratch, column, lanes)) * load(scratch, column + HALF, lanes)
 
-    return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, HALF, result, False, False)
+    return result
+
+
+@T.inline
+def store_panel(result, S, base, row, panel, B, R, Y, place, n, columns, lanes):
+    """Y[place..] = row `row` of a panel's outputs, whose sums are S[base..base + 16].
+
+    The last panel may have fewer than `columns`: what it has too many would read a bias and a residual that are not
+    there, so its outputs are taken one by one.
+    """
+    if panel * columns + columns <= n:
+        for c in T.serial(columns // min(lanes, columns)):
+            Y[at(place + c * min(lanes, columns), min(lanes, columns))] = result(
+                S,
+                base + c * min(lanes, columns),
+                min(lanes, columns),
+                B,
+                R,
+                panel * columns + c * min(lanes, columns),
+                row,
+            )
+    else:
+        for c in T.serial(n - panel * columns):
+            Y[place + c] = result(S, base + c, 1, B, R, panel * columns + c, row)
 
 
 def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, residual):
-    """`columns`: outputs of one panel. `result(scratch, column, lanes, B, R, col, row)`: outputs of a panel's sums."""
+    """`columns`: outputs of one panel; `result` as `linear_result` gives it."""
     L, V = isa.lanes, isa.vectors
-    out_lanes = min(L, columns)
     panels = -(-n // columns)
     row_tile = isa.row_tile
     # Sums that hide a fused multiply-add's latency: a tile of fewer takes several panels. {rows: panels}
@@ -83,17 +118,6 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
             with T.If(here == height), T.Then():
                 sums(*where, height, width)
 
-    @T.inline
-    def store(S, base, row, panel, B, R, Y):
-        if panel * columns + columns <= n:
-            for c in T.serial(columns // out_lanes):
-                Y[at(row * n + panel * columns + c * out_lanes, out_lanes)] = result(
-                    S, base + c * out_lanes, out_lanes, B, R, panel * columns + c * out_lanes, row
-                )
-        else:
-            for c in T.serial(n - panel * columns):
-                Y[row * n + panel * columns + c] = result(S, base + c, 1, B, R, panel * columns + c, row)
-
     @T.prim_func(s_tir=True)
     def kernel(
         task: T.int32,
@@ -123,7 +147,10 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
             sums_of(groups, rows, X, W, S, 0, begin + g * wide)
             for i in T.serial(rows):
                 for p in T.serial(wide):
-                    store(S, (i * wide + p) * PANEL, i, begin + g * wide + p, B, R, Y)
+                    panel: T.let = begin + g * wide + p
+                    store_panel(
+                        result, S, (i * wide + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
+                    )
         for u in T.serial(count - grouped * wide):
             unit: T.let = begin + grouped * wide + u
             panel: T.let = T.truncdiv(unit, chunks)
@@ -137,6 +164,8 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
                 here: T.let = top + share(t + 1, tiles, height) - row
                 sums_of(dict.fromkeys(range(1, row_tile + 1), 1), here, X, W, S, row, panel)
                 for i in T.serial(here):
-                    store(S, i * PANEL, row + i, panel, B, R, Y)
+                    store_panel(
+                        result, S, i * PANEL, row + i, panel, B, R, Y, (row + i) * n + panel * columns, n, columns, L
+                    )
 
     return specialised(kernel, symbol, {"b": bias, "r": residual})

@@ -1,13 +1,15 @@
 """Normalisations of rows, alone or after a residual addition. A row belongs to one task, so its sums have one order.
 
 They are computed in float64 and rounded once: their cost is nothing beside the matrix products between them, and what
-they lose is lost to every product that follows.
+they lose is lost to every product that follows. With `tiles` the result y is quantized (`kernels.tiles`): instead of y
+the kernel gives codes, scales and offsets.
 """
 
 from __future__ import annotations
 
 from tvm.script import tirx as T
 
+from llmc.backends.tvm.kernels.tiles import quantize_row
 from llmc.backends.tvm.kernels.vector import (
     at,
     f64,
@@ -27,27 +29,27 @@ CHAINS = 2
 """Accumulators of a row's sum, each of two vector registers: they hide the latency of an addition."""
 
 
-def rms_norm(symbol, isa, *, rows_dim, hidden, eps):
+def rms_norm(symbol, isa, *, rows_dim, hidden, eps, tiles=False):
     """x f32 [rows, hidden], w f32 [hidden], y f32 [rows, hidden] = x / sqrt(mean(x²) + eps) · w."""
-    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=False, bias=False)
+    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=False, bias=False, tiles=tiles)
 
 
-def add_rms_norm(symbol, isa, *, rows_dim, hidden, eps):
+def add_rms_norm(symbol, isa, *, rows_dim, hidden, eps, tiles=False):
     """x, r f32 [rows, hidden], w f32 [hidden], h f32 [rows, hidden] = x + r, y = rms_norm(h)."""
-    return _norm(symbol, isa, rows_dim, hidden, eps, add=True, centred=False, bias=False)
+    return _norm(symbol, isa, rows_dim, hidden, eps, add=True, centred=False, bias=False, tiles=tiles)
 
 
-def layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True):
+def layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True, tiles=False):
     """x f32 [rows, hidden], w f32 [hidden], [b f32 [hidden]], y = (x - mean) / sqrt(variance + eps) · w + b."""
-    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=True, bias=bias)
+    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=True, bias=bias, tiles=tiles)
 
 
-def add_layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True):
+def add_layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True, tiles=False):
     """x, r f32 [rows, hidden], w f32 [hidden], [b f32 [hidden]], h = x + r, y = layer_norm(h)."""
-    return _norm(symbol, isa, rows_dim, hidden, eps, add=True, centred=True, bias=bias)
+    return _norm(symbol, isa, rows_dim, hidden, eps, add=True, centred=True, bias=bias, tiles=tiles)
 
 
-def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
+def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias, tiles):
     L = isa.lanes
     vectors, tail = hidden // L, hidden % L
     done = vectors * L
@@ -86,6 +88,9 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
         b: T.handle("float32"),
         h: T.handle("float32"),
         y: T.handle("float32"),
+        codes: T.handle("int8"),
+        scales: T.handle("float32"),
+        offsets: T.handle("int32"),
     ):
         D = T.decl_buffer((4,), "int32", data=dims)
         X = T.decl_buffer((1,), "float32", data=x)
@@ -94,6 +99,10 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
         B = T.decl_buffer((hidden,), "float32", data=b)
         H = T.decl_buffer((1,), "float32", data=h)
         Y = T.decl_buffer((1,), "float32", data=y)
+        YC = T.decl_buffer((1,), "int8", data=codes)
+        YS = T.decl_buffer((1,), "float32", data=scales)
+        YO = T.decl_buffer((1,), "int32", data=offsets)
+        Z = T.alloc_buffer((hidden if tiles else 1,), "float32", scope="local")
         S = T.alloc_buffer((1,), "float64", scope="local")
         first: T.let = share(task, tasks, D[rows_dim])
         for i in T.serial(share(task + 1, tasks, D[rows_dim]) - first):
@@ -105,24 +114,30 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias):
                     H[row + done + c] = X[row + done + c] + R[row + done + c]
             source = T.meta_var(H if add else X)
             shift = T.meta_var(B if bias else None)
+            result = T.meta_var(Z if tiles else Y)
+            place = T.meta_var(0 if tiles else row)
             if centred:
                 total(source, row, lambda a, v: a + v, S)
                 mean: T.let = S[0] / f64(hidden)
                 total(source, row, _sum_of_squares(mean), S)
                 inverse: T.let = f64(1.0) / square_root(S[0] / f64(hidden) + f64(eps))
                 for c in T.serial(vectors):
-                    Y[at(row + c * L, L)] = normal(source, row, c * L, mean, inverse, W, shift, L)
+                    result[at(place + c * L, L)] = normal(source, row, c * L, mean, inverse, W, shift, L)
                 for c in T.serial(tail):
-                    Y[row + done + c] = normal(source, row, done + c, mean, inverse, W, shift, 1)
+                    result[place + done + c] = normal(source, row, done + c, mean, inverse, W, shift, 1)
             else:
                 total(source, row, lambda a, v: fma(v, v, a), S)
                 inverse: T.let = f64(1.0) / square_root(S[0] / f64(hidden) + f64(eps))
                 for c in T.serial(vectors):
-                    Y[at(row + c * L, L)] = normal(source, row, c * L, None, inverse, W, None, L)
+                    result[at(place + c * L, L)] = normal(source, row, c * L, None, inverse, W, None, L)
                 for c in T.serial(tail):
-                    Y[row + done + c] = normal(source, row, done + c, None, inverse, W, None, 1)
+                    result[place + done + c] = normal(source, row, done + c, None, inverse, W, None, 1)
 
-    return specialised(kernel, symbol, {"r": add, "h": add, "b": bias})
+            if tiles:
+                quantize_row(Z, 0, YC, YS, YO, D[rows_dim], first + i, hidden, L)
+
+    present = {"r": add, "h": add, "b": bias, "y": not tiles, **dict.fromkeys(("codes", "scales", "offsets"), tiles)}
+    return specialised(kernel, symbol, present)
 
 
 def exact(buffer, index, lanes):

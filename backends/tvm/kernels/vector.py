@@ -74,6 +74,11 @@ def intrinsic(name, *arguments, dtype):
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *arguments, dtype=dtype)
 
 
+def prefetch(buffer, index):
+    """Ask for the cache line of an element; one that is not there is no error."""
+    T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(buffer[index]), 0, 3, 1))
+
+
 def fma(a, b, c):
     """a · b + c, rounded once. Written out wherever a product is added: what the compiler may fuse is then decided."""
     return intrinsic("llvm.fma", a, b, c, dtype=str(c.ty.dtype))

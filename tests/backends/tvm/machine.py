@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from llmc.backends.tvm.compile import compile_kernel
 from llmc.backends.tvm.isa import ISAS, Isa
+from llmc.ir.target import CPU_VARIANTS
 
 Array = NDArray[Any]
 
@@ -30,6 +32,13 @@ _FLAGS = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("
 needs_v3 = pytest.mark.skipif(
     not {"avx2", "fma", "f16c"} <= _FLAGS, reason="needs AVX2, FMA and F16C: this processor has not all of them"
 )
+
+
+def runs_here(isa: Isa) -> bool:
+    """Whether this processor has what an instruction set's kernels use."""
+    variant = CPU_VARIANTS[isa.name]
+    return variant.machine == platform.machine() and set(variant.requires) <= _FLAGS
+
 
 _libc = ctypes.CDLL(None)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

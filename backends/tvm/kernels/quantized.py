@@ -1,0 +1,235 @@
+"""Matrix products of quantized activations with quantized weights: integers within groups of 32, float32 across them.
+
+Operands of every kernel here, for `rows` activations of k elements in `groups` = ceil(k / 32) groups: the tiles of
+`kernels.tiles`, codes i8 [groups, rows, 32] (as i32 words of four), scales f32 and offsets i32 [groups, rows]; weight
+codes u8 in panels (`packing.pack_codes`) and weight scales f16 [panels, groups, 16]. A group of a row lies beside the
+same group of its neighbours, so that a tile of rows reads one short run of memory.
+
+An output is one chain over its groups in order: acc = fma(group's integer sum, weight scale · activation scale, acc).
+Its bits depend on its row of x and its row of w alone, whatever the tiles, the batch and the tasks are.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from llmc.backends.tvm.kernels.dot import dot_of
+from llmc.backends.tvm.kernels.linear import gated_result, linear_result, store_panel
+from llmc.backends.tvm.kernels.rows import ordered
+from llmc.backends.tvm.kernels.tiles import GROUP, quantize_group
+from llmc.backends.tvm.kernels.vector import (
+    at,
+    f32,
+    fma,
+    i32,
+    intrinsic,
+    let,
+    load,
+    prefetch,
+    share,
+    specialised,
+    splat,
+    wide,
+)
+from llmc.backends.tvm.packing import HALF, PANEL
+
+WORDS = GROUP // 4
+
+PREFETCH = 8192
+"""Bytes by which weights are asked for ahead: a core needs some 4 KB in flight to hide the memory's latency, and the
+processor's own prefetching ends at page boundaries. Past a task's share are another's share, or the next matrix."""
+
+ROW_CHUNK = 96
+"""Rows that one unit of work covers, when there are many: a multiple of every tile's height."""
+
+PANEL_CHUNK = 2
+"""Panels that one unit of work covers when rows are many: a tile of activations is fetched once for them."""
+
+
+def quantized_linear(
+    symbol, isa, *, rows_dim, n, k, bits, bias=False, epilogue="none", residual=False, tiles=False, best=False
+):
+    """Operands as above, [bias f32 [n]], [residual f32 [rows, n]], then y f32 [rows, n], or with `tiles` y quantized in
+    turn: its codes, scales and offsets. With `best` also keys i64 [rows, panels], which say of each panel what its
+    largest output is and in which column: see `best_key`."""
+    result = linear_result(n, bias, epilogue, residual)
+    return _matmul(symbol, isa, rows_dim, n, k, bits, PANEL, result, bias, residual, tiles, best)
+
+
+def quantized_gated_linear(symbol, isa, *, rows_dim, n, k, bits, activation, tiles=False):
+    """Operands as above with gated panels; y = activation(x gateᵀ) · (x upᵀ), f32 [rows, n] or, with `tiles`,
+    quantized."""
+    return _matmul(symbol, isa, rows_dim, n, k, bits, HALF, gated_result(activation), False, False, tiles, False)
+
+
+def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, quantized, best):
+    """`columns`: outputs of one panel; `result` as in `kernels.linear`; `quantized`: whether y is."""
+    L, V = isa.lanes, isa.vectors
+    dot = dot_of(isa, bits)
+    panels = -(-n // columns)
+    groups = -(-k // GROUP)
+    row_tile = isa.code_tile
+    per_byte = 8 // bits
+    stored = WORDS // per_byte  # vectors of codes of a panel's group, times V
+
+    @T.inline
+    def sums(X, XS, XO, W, WS, S, rows, row, panel, R):
+        """S[R, 16] = rows row..row+R of x times the rows of w in a panel."""
+        acc = T.alloc_buffer((R * PANEL,), "float32", scope="local")
+        running = T.alloc_buffer((R * V * dot.width,), dot.kind, scope="local")
+        codes = T.alloc_buffer((per_byte * PANEL * 4,), "uint8", scope="local")
+        total = T.alloc_buffer((R * L,), "int32", scope="local")
+        for i in T.unroll(R * V):
+            acc[at(i * L, L)] = f32(0.0, L)
+        weights: T.let = T.Cast("int64", panel) * T.int64(groups * stored * 64)
+        for g in T.serial(groups):
+            for r in T.unroll(R):
+                total[at(r * L, L)] = splat(XO[g * rows + row + r], L)
+                for i in T.unroll(V):
+                    running[at((r * V + i) * dot.width, dot.width)] = dot.start(load(total, r * L, L))
+            for j in T.unroll(stored):
+                prefetch(W, weights + T.Cast("int64", g * (stored * 64) + j * 64 + PREFETCH))
+            for j in T.unroll(stored):
+                for i in T.unroll(V):
+                    place: T.let = weights + T.Cast("int64", g * (stored * 64) + j * 64 + i * (4 * L))
+                    _split(codes, load(W, place, 4 * L), bits, i, V, 4 * L)
+                for r in T.unroll(R):
+                    for h in T.unroll(per_byte):
+                        word: T.let = splat(X[(g * rows + row + r) * WORDS + j * per_byte + h], L)
+                        for i in T.unroll(V):
+                            running[at((r * V + i) * dot.width, dot.width)] = dot.step(
+                                load(running, (r * V + i) * dot.width, dot.width),
+                                load(codes, (h * V + i) * 4 * L, 4 * L),
+                                word,
+                            )
+            for i in T.unroll(V):
+                place: T.let = T.Cast("int64", panel) * T.int64(groups * PANEL) + T.Cast("int64", g * PANEL + i * L)
+                scale: T.let = T.Cast(wide("float32", L), load(WS, place, L))
+                for r in T.unroll(R):
+                    whole = T.meta_var(
+                        dot.finish(load(running, (r * V + i) * dot.width, dot.width), load(total, r * L, L))
+                    )
+                    acc[at((r * V + i) * L, L)] = fma(
+                        T.Cast(wide("float32", L), whole),
+                        scale * splat(XS[g * rows + row + r], L),
+                        acc[at((r * V + i) * L, L)],
+                    )
+        for i in T.unroll(R * V):
+            S[at(i * L, L)] = acc[at(i * L, L)]
+
+    def sums_of(here, *where):
+        """`sums` of as many rows as `here` says: one unrolled copy for each height of a tile."""
+        for height in range(1, row_tile + 1):
+            with T.If(here == height), T.Then():
+                sums(*where, height)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        task: T.int32,
+        tasks: T.int32,
+        dims: T.handle("int32"),
+        x: T.handle("int32"),
+        xs: T.handle("float32"),
+        xo: T.handle("int32"),
+        w: T.handle("uint8"),
+        ws: T.handle("float16"),
+        b: T.handle("float32"),
+        r: T.handle("float32"),
+        y: T.handle("float32"),
+        yc: T.handle("int8"),
+        ys: T.handle("float32"),
+        yo: T.handle("int32"),
+        keys: T.handle("int64"),
+    ):
+        D = T.decl_buffer((4,), "int32", data=dims)
+        X = T.decl_buffer((1,), "int32", data=x)
+        XS = T.decl_buffer((1,), "float32", data=xs)
+        XO = T.decl_buffer((1,), "int32", data=xo)
+        W = T.decl_buffer((1,), "uint8", data=w)
+        WS = T.decl_buffer((1,), "float16", data=ws)
+        B = T.decl_buffer((n,), "float32", data=b)
+        R = T.decl_buffer((1,), "float32", data=r)
+        Y = T.decl_buffer((1,), "float32", data=y)
+        YC = T.decl_buffer((1,), "int8", data=yc)
+        YS = T.decl_buffer((1,), "float32", data=ys)
+        YO = T.decl_buffer((1,), "int32", data=yo)
+        K = T.decl_buffer((1,), "int64", data=keys)
+        S = T.alloc_buffer((row_tile * PANEL,), "float32", scope="local")
+        Z = T.alloc_buffer((row_tile * GROUP if quantized else 1,), "float32", scope="local")
+        destination = T.meta_var(Z if quantized else Y)
+        rows: T.let = D[rows_dim]
+        abreast = T.meta_var(GROUP // columns if quantized else T.Select(rows > row_tile, PANEL_CHUNK, 1))
+        chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
+        units: T.let = T.truncdiv(panels + abreast - 1, abreast) * chunks
+        begin: T.let = share(task, tasks, units)
+        for u in T.serial(share(task + 1, tasks, units) - begin):
+            first: T.let = T.truncdiv(begin + u, chunks) * abreast
+            chunk: T.let = T.truncmod(begin + u, chunks)
+            top: T.let = share(chunk, chunks, rows)
+            height: T.let = share(chunk + 1, chunks, rows) - top
+            tiles: T.let = T.truncdiv(height + row_tile - 1, row_tile)
+            for t in T.serial(tiles):
+                # Tiles of nearly equal height: 13 rows are 6 + 7, not 12 + 1.
+                row: T.let = top + share(t, tiles, height)
+                here: T.let = top + share(t + 1, tiles, height) - row
+                for p in T.serial(T.min(abreast, panels - first)):
+                    sums_of(here, X, XS, XO, W, WS, S, rows, row, first + p)
+                    for i in T.serial(here):
+                        place = T.meta_var(
+                            i * GROUP + p * columns if quantized else (row + i) * n + (first + p) * columns
+                        )
+                        store_panel(result, S, i * PANEL, row + i, first + p, B, R, destination, place, n, columns, L)
+                        if best:
+                            # The sums' place takes the outputs; columns that are not there are NaN, which never wins.
+                            for c in T.serial(PANEL):
+                                S[i * PANEL + c] = T.if_then_else(
+                                    (first + p) * PANEL + c < n, Y[place + c], T.reinterpret("float32", T.int32(-1))
+                                )
+                            K[(row + i) * panels + first + p] = best_key(S, i * PANEL, (first + p) * PANEL, L)
+                if quantized:
+                    for i in T.serial(here):
+                        for c in T.serial(T.max(0, first * columns + GROUP - n)):
+                            Z[i * GROUP + GROUP - 1 - c] = f32(0.0)
+                        quantize_group(Z, i * GROUP, YC, YS, YO, T.truncdiv(first, abreast) * rows + row + i, L)
+
+    present = {
+        "b": bias,
+        "r": residual,
+        "y": not quantized,
+        "keys": best,
+        **dict.fromkeys(("yc", "ys", "yo"), quantized),
+    }
+    return specialised(kernel, symbol, present)
+
+
+def best_key(S, base, column, lanes):
+    """The largest of S[base..base + 16] in the high half, 2^31 - 1 less its column in the low one: of keys, the largest
+    is that of the first of the largest outputs."""
+    keys = [let(ordered(load(S, base + i * lanes, lanes), lanes)) for i in range(PANEL // lanes)]
+    most = keys[0]
+    for key in keys[1:]:
+        most = T.max(most, key)
+    peak = let(intrinsic("llvm.vector.reduce.smax", let(most), dtype="int32"))
+    first = None
+    for i, key in enumerate(keys):
+        place = T.Select(key == splat(peak, lanes), at(i * lanes, lanes), i32(PANEL, lanes))
+        first = place if first is None else T.min(first, place)
+    where = intrinsic("llvm.vector.reduce.smin", let(first), dtype="int32")
+    low = T.Cast("int64", T.int32(0x7FFFFFFF) - (column + where))
+    return T.bitwise_or(T.shift_left(T.Cast("int64", peak), T.int64(32)), low)
+
+
+def _split(codes, bytes_, bits, index, count, lanes):
+    """codes[h, index] of [8 / bits, count, lanes] = the h-th code of each byte."""
+    bytes_ = let(bytes_)
+    for h in range(8 // bits):
+        part = bytes_
+        if h:
+            # There is no shift of bytes: one of 16-bit pairs moves a neighbour's bits in, which the mask takes out.
+            pairs = wide("uint16", lanes // 2)
+            by = splat(tirx.IntImm("uint16", bits * h), lanes // 2)
+            part = T.reinterpret(wide("uint8", lanes), T.shift_right(T.reinterpret(pairs, bytes_), by))
+        if bits < 8:
+            part = T.bitwise_and(part, splat(tirx.IntImm("uint8", (1 << bits) - 1), lanes))
+        T.buffer_store(codes, part, [at((h * count + index) * lanes, lanes)])
