@@ -10,6 +10,7 @@ from llmc.ir.graph import Graph, Param
 from llmc.ir.op import Hole, Node, Op, Value, topological
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import Matmul
+from llmc.ir.ops.quantized import DequantizeRows, DequantizeWeight, QuantizeRows
 from llmc.ir.ops.reduce import Argmax, Reduction, Softmax
 from llmc.ir.ops.rope import DynamicFrequencies
 from llmc.ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
@@ -55,7 +56,7 @@ def _results(node: Node, axes: Sequence[Axis], tokens: Dim) -> list[Axis]:
         return [None] * len(node.types)
     for kind, rule in _RULES:
         if isinstance(op, kind):
-            return [rule(node, axes, tokens)]
+            return [rule(node, axes, tokens)] * len(node.types)
     if op.elementwise and not op.decomposes:
         return [_aligned(node, axes, tokens)]
     if not op.decomposes:
@@ -121,6 +122,12 @@ def _concat(node: Node, axes: Sequence[Axis], tokens: Dim) -> Axis:
     return places.pop()
 
 
+def _rows(node: Node, axes: Sequence[Axis], tokens: Dim) -> Axis:
+    if set(axes) != {0}:
+        raise _Mixed("its codes and scales are not rows of tokens")
+    return 0
+
+
 def _expand(node: Node, axes: Sequence[Axis], tokens: Dim) -> Axis:
     if axes[0] is not None:
         return axes[0] + node.types[0].rank - node.inputs[0].type.rank
@@ -141,6 +148,9 @@ _RULES: tuple[tuple[type[Op], Callable[[Node, Sequence[Axis], Dim], Axis]], ...]
     (Softmax, _not_last),
     (Argmax, _not_last),
     (Matmul, _matmul),
+    (QuantizeRows, _not_last),
+    (DequantizeRows, _rows),
+    (DequantizeWeight, _rows),
     (Reshape, _reshape),
     (Transpose, _transpose),
     (Slice, _slice),
