@@ -29,8 +29,8 @@ def command(
         str,
         typer.Option(
             metavar=f"none|{'|'.join(FORMATS)}|FILE.toml",
-            help="Weight format: none keeps the checkpoint's dtype, q8 takes 8.5 bits a weight, q4 4.5. A file gives one"
-            " each to format (all linears), lm_head and embedding; a tied embedding is like the lm_head, others are"
+            help="Weight format: none keeps the checkpoint's dtype, q8 takes 8.5 bits a weight, q4 4.5. A file gives"
+            " one each to format (all linears), lm_head and embedding; a tied embedding is like the lm_head, others are"
             " kept by default.",
         ),
     ] = "none",
