@@ -40,6 +40,7 @@ class KernelSpec:
 class Launch:
     """One kernel run over the values it reads and writes, in the order of its C arguments.
 
+    `each`: in a step of few tokens every task runs it whole, into memory of its own, and no barrier follows.
     `flops` and `bytes` are (fixed, for each token, for each token of context) at batch 1: what the ledger sums.
     """
 
@@ -48,17 +49,29 @@ class Launch:
     node: str
     flops: tuple[int, int, int]
     bytes: tuple[int, int, int]
+    each: bool = False
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A lowered entry point: bounds on its symbols, its launches in order, where its arena values lie."""
+    """A lowered entry point: bounds on its symbols, its launches in order, where their intermediate values lie.
+
+    `memory` is the arena that all tasks share, `private` what each task has of its own.
+    """
 
     name: str
     bounds: Mapping[str, tuple[int, int]]
     graph: Graph
     launches: Sequence[Launch]
     memory: MemoryPlan
+    private: MemoryPlan
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of the intermediate values of the largest step, which one task's memory holds: as planned (`peak`),
+        and if no two shared memory (`naive`)."""
+        plans = (self.memory, self.private)
+        return {"peak": sum(p.peak for p in plans), "naive": sum(p.naive for p in plans)}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import numpy as np
 from llmc.ir.errors import LlmcError
 from llmc.ir.op import Array
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What `llmc.runtime.manifest` reads."""
 ALIGNMENT = 64
 """Bytes to which every tensor in weights.bin is aligned: a cache line, and the widest vector."""
 

@@ -26,7 +26,7 @@ from llmc.backends.tvm.kernels.linear import gated_linear, linear
 from llmc.backends.tvm.packing import pack, pack_gated
 
 DTYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("barrier", "<i4")])
+LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("flags", "<i4")])
 
 # Twelve independent chains of fused multiply-adds in registers: what a core can do at most. The instruction is written
 # out, as a compiler folds what it can see through, and registers by name, as it keeps an array of them in memory.
@@ -74,7 +74,7 @@ class Machine:
         sizes = np.array(dims, np.int32)
         p = [ctypes.c_void_p(a.ctypes.data) for a in (launches, address, args, sizes)]
         start = time.perf_counter()
-        self.library.llmc_step(self.pool, p[0], repeat, p[1], p[2], p[3], None)
+        self.library.llmc_step(self.pool, p[0], repeat, p[1], p[2], len(args), 0, p[3], None)
         return (time.perf_counter() - start) / repeat
 
     def bandwidth(self, data: Any) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from llmc import __version__
 from llmc.backends.base import SYMBOLS, Entry, Kernels
 from llmc.backends.render import render
+from llmc.backends.tvm.each import each_tokens
 from llmc.backends.tvm.plan import Buffers, describe_entry
 from llmc.importers.hf import ImportedModel
 from llmc.ir.graph import Graph, StateInput
@@ -35,6 +36,8 @@ def make_plan(
     return {
         "block_size": options.block_size,
         "arena_bytes": max(entry.memory.peak for entry in entries),
+        "private_bytes": max(entry.private.peak for entry in entries),
+        "each_tokens": min(each_tokens(entry.private) for entry in entries),
         "symbols": list(SYMBOLS),
         "limits": limits,
         "states": [

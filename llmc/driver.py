@@ -59,7 +59,7 @@ def compile_model(
             lowered = backend.lower(step)
             verify(lowered)
             entries = [backend.plan(e, g) for e, g in specialised(lowered, options.limits)]
-        report.memory = {e.name: {"peak": e.memory.peak, "naive": e.memory.naive} for e in entries}
+        report.memory = {e.name: e.memory_bytes for e in entries}
         with report.phase("kernels"):
             kernels = backend.compile(entries, Path(scratch))
             report.kernel_seconds = dict(kernels.seconds)
@@ -86,6 +86,7 @@ def compile_model(
             "kernels": sum(map(len, kernels.files.values())),
             "kv_bytes_per_token": state_bytes_per_token(step, options.block_size),
             "arena": plan["arena_bytes"],
+            "private": plan["private_bytes"],
         }
         manifest = make_manifest(
             name, imported, kernels, described(quant, step), kv_dtype, backend.versions, report.sizes

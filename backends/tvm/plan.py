@@ -6,30 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmc.backends.base import Entry, Launch
+from llmc.backends.tvm.each import place, runs_whole
 from llmc.backends.tvm.select import select
 from llmc.ir.errors import LlmcError
 from llmc.ir.graph import Graph, Input, StateInput
 from llmc.ir.op import Node, Value
 from llmc.ir.ops.shape import Reshape
-from llmc.passes.plan_memory import allocate, largest_bytes, storage
+from llmc.passes.plan_memory import largest_bytes, storage
 
 
 def plan_entry(name: str, graph: Graph) -> Entry:
-    """Launches in the graph's order; values that only pass between launches share an arena by their lifetimes."""
+    """Launches in the graph's order; values that only pass between launches share memory by their lifetimes."""
     launches = [_launch(n, graph) for n in graph.nodes if n not in graph.parameter_only and not _is_view(n)]
-    lifetimes: dict[Value, tuple[int, int]] = {}
-    for i, launch in enumerate(launches):
-        for value in launch.arguments:
-            root = storage(value)
-            if lives_in_arena(root, graph):
-                first, _ = lifetimes.get(root, (i, i))
-                lifetimes[root] = (first, i)
-    sizes = {v: largest_bytes(v.type) for v in lifetimes}
     bounds = {n: _bounds(graph, n) for n in ("tokens", "sequences", "outputs")}
-    return Entry(name, bounds, graph, launches, allocate(lifetimes, sizes))
+    return Entry(name, bounds, graph, launches, *place(launches, lambda value: is_intermediate(value, graph)))
 
 
-def lives_in_arena(value: Value, graph: Graph) -> bool:
+def is_intermediate(value: Value, graph: Graph) -> bool:
     """Whether a stored value is an intermediate of the step: no leaf, no parameter, no output."""
     if value.op.leaf or value.node in graph.parameter_only:
         return False
@@ -45,6 +38,7 @@ def describe_entry(entry: Entry, buffers: Buffers) -> dict[str, Any]:
                 "kernel": buffers.kernel(launch.spec.symbol),
                 "args": [buffers.index(value, entry) for value in launch.arguments],
                 "barrier": True,
+                "each": launch.each,
                 "node": launch.node,
                 "flops": list(launch.flops),
                 "bytes": list(launch.bytes),
@@ -87,7 +81,8 @@ class Buffers:
             offset, size = self.placed[name]
             row = {"kind": "param", "name": name, "offset": offset, "bytes": size}
         else:
-            row = {"kind": "arena", "offset": entry.memory.offsets[root], "bytes": largest_bytes(root.type)}
+            kind, memory = ("private", entry.private) if root in entry.private.offsets else ("arena", entry.memory)
+            row = {"kind": kind, "offset": memory.offsets[root], "bytes": largest_bytes(root.type)}
         key = tuple(sorted(row.items()))
         if key not in self._known:
             self._known[key] = len(self.table)
@@ -124,9 +119,9 @@ def _launch(node: Node, graph: Graph) -> Launch:
     chosen = select(node)
     assert chosen is not None, f"{node!r} was lowered to an op without a kernel"
     flops, traffic = _linear_cost(node, "flops"), _linear_cost(node, "bytes")
-    return Launch(
-        chosen.spec, chosen.arguments, f"{node.loc}:{node.op.name}" if node.loc else node.op.name, flops, traffic
-    )
+    where = f"{node.loc}:{node.op.name}" if node.loc else node.op.name
+    each = runs_whole(chosen, node.results, lambda value: is_intermediate(value, graph))
+    return Launch(chosen.spec, chosen.arguments, where, flops, traffic, each)
 
 
 def _linear_cost(node: Node, what: str) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ def print_compile_report(report: CompileReport) -> None:
         soft_wrap=True,
     )
     peak, naive = (max(plan[which] for plan in report.memory.values()) for which in ("peak", "naive"))
-    console.print(f"arena {peak / 1e6:.1f} MB for the largest step, {naive / 1e6:.1f} MB if no two values shared it")
+    console.print(f"values of the largest step {peak / 1e6:.1f} MB, {naive / 1e6:.1f} MB if no two shared memory")
     if report.wheel:
         console.print(f"wheel: {report.wheel.name}", soft_wrap=True)
 

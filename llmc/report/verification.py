@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.backends.tvm.plan import lives_in_arena
+from llmc.backends.tvm.plan import is_intermediate
 from llmc.backends.tvm.select import select
 from llmc.importers.hf import import_model
 from llmc.inspection import read_graph
@@ -118,7 +118,7 @@ def _difference(node: Node, read: Any, values: _Reference, graph: Graph, toleran
     assert chosen is not None
     expected = dict(zip(node.results, values.compute(node), strict=True))
     for place, value in enumerate(chosen.arguments):
-        if value not in expected or not lives_in_arena(storage(value), graph):
+        if value not in expected or not is_intermediate(storage(value), graph):
             continue
         want = expected[value]
         given = read(place, value.type.dtype.numpy, want.shape).astype(np.float64)

@@ -15,21 +15,26 @@ from numpy.typing import NDArray
 from .batch import Batch, StepOutput
 from .errors import ModelError
 from .memory import allocate, copy_to_huge_pages, map_file, reserve
-from .native import LAUNCH, NativeLibrary
+from .native import BARRIER, EACH, LAUNCH, NativeLibrary
 from .plan import INPUTS, Buffer, Entry, Launch, Plan
 from .timings import Profile
 
 _MAX_STATE_ELEMENTS = 1 << 31
 """Kernels index a state with int32."""
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
 class _LaunchTable:
-    """An entry's C `Launch` records and its argument pointers by address; `keep` owns both."""
+    """An entry's C `Launch` records and its argument pointers by address; `keep` owns both.
+
+    `args` has `stride` pointers for each of the pool's threads.
+    """
 
     count: int
     launches: int
     args: int
+    stride: int
     keep: tuple[NDArray[Any], NDArray[Any]]
 
 
@@ -37,7 +42,8 @@ class NativeExecutor:
     """Executes the entries of a plan; see `batch.Executor`.
 
     `sequence_blocks` is how many blocks the longest sequence needs. Memory: the arena, inputs and outputs of the
-    largest step; states with room for as many longest sequences as a batch holds, reserved but not touched (fewer
+    largest step; private memory for each thread, of which all but the first touch what a step of `each_tokens` needs;
+    states with room for as many longest sequences as a batch holds, reserved but not touched (fewer
     where kernels could not index them or the system refuses so much address space). Raises `ModelError`.
     """
 
@@ -63,6 +69,8 @@ class NativeExecutor:
             self.weights = copy_to_huge_pages(self.weights, library.copy)
         self.num_blocks, self._states = _allocate_states(plan, sequence_blocks)
         self._arena = reserve(plan.arena_bytes)
+        # One region for each task, on pages of its own: two processors never write to one line.
+        self._private = reserve(library.threads * _pages(plan.private_bytes)).reshape(library.threads, -1)
         self._inputs, self._outputs = _allocate_ends(plan, vocab_size, sequence_blocks)
         self._dims = allocate((4,), np.int32)
         self._kernel_addresses = library.kernel_addresses(plan.kernels)
@@ -80,9 +88,7 @@ class NativeExecutor:
             self._take(batch)
             table = self._tables[entry]
             nanoseconds = np.zeros(table.count, np.uint64) if profile is not None else None
-            self.library.step(
-                table.launches, table.count, self._kernels, table.args, self._dims_address, _address_of(nanoseconds)
-            )
+            self._walk(table, table.launches, table.count, self.plan.each_tokens, _address_of(nanoseconds))
             if profile is not None and nanoseconds is not None:
                 context = int(batch.positions[batch.query_start[:-1]].sum())
                 profile.add(self.plan.entries[entry], self.plan.kernels, nanoseconds, dims[0], context)
@@ -92,14 +98,18 @@ class NativeExecutor:
         """Run one step launch by launch, to find the first that is wrong.
 
         After each launch gives a function that reads an argument: its number, dtype and shape -> a copy of the array.
+        Tasks share all launches, so that what they write is in one place.
         """
         with self.lock:
             self._take(batch)
             table = self._tables[entry]
             for i, launch in enumerate(self.plan.entries[entry].launches):
-                at = table.launches + i * LAUNCH.itemsize
-                self.library.step(at, 1, self._kernels, table.args, self._dims_address, 0)
+                self._walk(table, table.launches + i * LAUNCH.itemsize, 1, 0, 0)
                 yield partial(self._read, launch)
+
+    def _walk(self, table: _LaunchTable, launches: int, count: int, each_tokens: int, nanoseconds: int) -> None:
+        dims, args, stride = self._dims_address, table.args, table.stride
+        self.library.step(launches, count, self._kernels, args, stride, each_tokens, dims, nanoseconds)
 
     def _read(self, launch: Launch, place: int, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
         """A copy of what a launch's argument points to."""
@@ -130,6 +140,7 @@ class NativeExecutor:
             self.library.close()
             self._states, self._inputs, self._outputs, self._tables = [], {}, {}, {}
             self._arena = self.weights = np.zeros(0, np.uint8)
+            self._private = np.zeros((1, 0), np.uint8)
 
     def _launch_table(self, entry: Entry) -> _LaunchTable:
         counts = [len(launch.args) for launch in entry.launches]
@@ -137,18 +148,22 @@ class NativeExecutor:
         launches["kernel"] = [launch.kernel for launch in entry.launches]
         launches["arg_count"] = counts
         launches["first_arg"] = np.cumsum([0, *counts])[:-1]
-        launches["barrier"] = [launch.barrier for launch in entry.launches]
-        addresses = [self._address(buffer) for buffer in self.plan.buffers]
-        args = np.array([addresses[a] for launch in entry.launches for a in launch.args], np.uint64)
-        return _LaunchTable(len(launches), _address_of(launches), _address_of(args), (launches, args))
+        launches["flags"] = [BARRIER * launch.barrier | EACH * launch.each for launch in entry.launches]
+        addresses = np.array([self._address(buffer) for buffer in self.plan.buffers], np.uint64)
+        private = np.array([buffer.kind == "private" for buffer in self.plan.buffers])
+        named = np.array([a for launch in entry.launches for a in launch.args], np.intp)
+        regions = np.arange(self.library.threads, dtype=np.uint64) * np.uint64(self._private.shape[1])
+        args = np.ascontiguousarray((addresses + regions[:, None] * private)[:, named], np.uint64)
+        return _LaunchTable(len(launches), _address_of(launches), _address_of(args), named.size, (launches, args))
 
     def _address(self, buffer: Buffer) -> int:
         return _address_of(self._memory(buffer)) + buffer.offset
 
     def _memory(self, buffer: Buffer) -> NDArray[np.uint8]:
-        """The memory in which a buffer lies, as bytes."""
+        """The memory in which a buffer lies, as bytes; of what each task has of its own, the first's."""
         places: dict[str, Callable[[], NDArray[Any]]] = {
             "arena": lambda: self._arena,
+            "private": lambda: self._private[0],
             "param": lambda: self.weights,
             "state": lambda: self._states[buffer.index],
             "input": lambda: self._inputs[buffer.name],
@@ -171,6 +186,11 @@ def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[int, list[NDArra
             f"cannot reserve {need} bytes for keys and values; compile for a shorter --max-sequence-length"
         )
     return blocks, states
+
+
+def _pages(size: int) -> int:
+    """Bytes of the whole pages that hold `size` bytes."""
+    return -(-size // _PAGE) * _PAGE
 
 
 def _address_of(array: NDArray[Any] | None) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 from .document import Field, read_document
 from .errors import ModelError
 
-FORMAT_VERSION = 1
-"""The format that this runtime was written with; it reads this one and the one before."""
+FORMAT_VERSION = 2
+"""The format that this runtime was written with; it reads this one and the one before.
+
+Version 2 has private buffers and `each` launches in plan.json."""
 
 _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 30

@@ -13,22 +13,26 @@ from numpy.typing import NDArray
 
 from .errors import ModelError
 
-_INTERFACE = "llmc-native 1 "
+_INTERFACE = "llmc-native 2 "
 """How `llmc_build()` begins: the version of the C interface that this file is written for."""
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
+_INT32 = ctypes.c_int32
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llmc_pool_create": (_POINTER, [_INT]),
     "llmc_pool_destroy": (None, [_POINTER]),
     "llmc_pool_threads": (_INT, [_POINTER]),
-    "llmc_step": (_INT, [_POINTER, _POINTER, ctypes.c_int32, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "llmc_step": (_INT, [_POINTER, _POINTER, _INT32, _POINTER, _POINTER, _INT32, _INT32, _POINTER, _POINTER]),
     "llmc_copy": (None, [_POINTER, _POINTER, _POINTER, _LONG]),
     "llmc_read_bandwidth": (ctypes.c_double, [_POINTER, _POINTER, _LONG]),
     "llmc_build": (ctypes.c_char_p, []),
 }
 
-LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("barrier", "<i4")])
+LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("flags", "<i4")])
 """The C struct `Launch`, as a record of an array."""
+
+BARRIER, EACH = 1, 2
+"""The flags of a launch: all tasks wait after it; every task runs it for itself when there are few tokens."""
 
 
 class NativeLibrary:
@@ -70,9 +74,25 @@ class NativeLibrary:
         """The addresses of kernels by their C names, u64[kernels]. Raises `ModelError` for a missing one."""
         return np.array([self._address(name) for name in names], np.uint64)
 
-    def step(self, launches: int, count: int, kernels: int, args: int, dims: int, nanoseconds: int) -> None:
-        """Walk `count` launches in the pool; all arguments but `count` are addresses. Raises `ModelError`."""
-        status = self._library.llmc_step(self._pool, launches, count, kernels, args, dims, nanoseconds or None)
+    def step(
+        self,
+        launches: int,
+        count: int,
+        kernels: int,
+        args: int,
+        args_stride: int,
+        each_tokens: int,
+        dims: int,
+        nanoseconds: int,
+    ) -> None:
+        """Walk `count` launches in the pool. Raises `ModelError`.
+
+        `args` holds `args_stride` pointers for each thread. In steps of up to `each_tokens` tokens every task runs the
+        launches flagged `EACH` for itself. The other numbers are addresses; `nanoseconds` may be 0.
+        """
+        status = self._library.llmc_step(
+            self._pool, launches, count, kernels, args, args_stride, each_tokens, dims, nanoseconds or None
+        )
         if status:
             raise ModelError(f"a step failed in {self.path.name} with status {status}")
 

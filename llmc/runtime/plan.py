@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,8 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class Buffer:
-    """What a kernel's argument points to: a place in the arena or the weights, a state, an input or an output."""
+    """What a kernel's argument points to: a place in the arena, in a task's private memory or in the weights, a state,
+    an input or an output."""
 
     kind: str
     name: str = ""
@@ -59,11 +60,16 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel run. `flops` and `bytes`: (fixed, for each token, for each token of context), at one sequence."""
+    """One kernel run. `flops` and `bytes`: (fixed, for each token, for each token of context), at one sequence.
+
+    `barrier`: all tasks wait after it. `each`: in a step of few tokens every task runs it whole, for itself, into
+    private buffers, and nobody waits.
+    """
 
     kernel: int
     args: tuple[int, ...]
     barrier: bool
+    each: bool
     node: str
     flops: tuple[int, int, int]
     bytes: tuple[int, int, int]
@@ -82,10 +88,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """A validated plan."""
+    """A validated plan.
+
+    `private_bytes` is what each task has of its own; in steps of up to `each_tokens` tokens all of them use it.
+    """
 
     block_size: int
     arena_bytes: int
+    private_bytes: int
+    each_tokens: int
     limits: Limits
     states: tuple[StateSpec, ...]
     buffers: tuple[Buffer, ...]
@@ -94,9 +105,9 @@ class Plan:
 
 
 def read_plan(path: Path, weights_bytes: int) -> Plan:
-    """Read and validate plan.json; every offset lies inside the arena or the `weights_bytes` bytes of weights.
+    """Read and validate plan.json; every offset lies inside the arena, a task's private memory or the weights.
 
-    Raises `ModelError` for anything that is not as it should be.
+    Plans of format version 1 have no private memory. Raises `ModelError` for anything that is not as it should be.
     """
     return parse_plan(read_document(path), weights_bytes)
 
@@ -109,7 +120,10 @@ def parse_plan(document: Field, weights_bytes: int) -> Plan:
     limits = document.key("limits")
     arena_bytes = document.key("arena_bytes").integer(0, _MAX_BYTES)
     states = tuple(map(_state, document.key("states").items()))
-    sizes = {"arena": arena_bytes, "param": weights_bytes}
+    private, tokens = document.optional("private_bytes"), document.optional("each_tokens")
+    private_bytes = private.integer(0, _MAX_BYTES) if private else 0
+    each_tokens = tokens.integer(0, _MAX_COUNT) if tokens else 0
+    sizes = {"arena": arena_bytes, "private": private_bytes, "param": weights_bytes}
     buffers = tuple(_buffer(field, sizes, len(states)) for field in document.key("buffers").items())
     kernels = tuple(field.text(256) for field in document.key("kernels").items())
     largest = Limits(**{name: limits.key(name).integer(1, _MAX_COUNT) for name in ("tokens", "sequences", "outputs")})
@@ -121,7 +135,7 @@ def parse_plan(document: Field, weights_bytes: int) -> Plan:
         if name not in entries:
             document.key("entries").fail(f"an entry point {name!r}")
     block_size = document.key("block_size").integer(1, 1 << 16)
-    return Plan(block_size, arena_bytes, largest, states, buffers, kernels, entries)
+    return Plan(block_size, arena_bytes, private_bytes, each_tokens, largest, states, buffers, kernels, entries)
 
 
 def _state(field: Field) -> StateSpec:
@@ -155,7 +169,9 @@ def _buffer(field: Field, sizes: Mapping[str, int], states: int) -> Buffer:
 
 
 def _entry(name: str, field: Field, limits: Limits, kernels: int, buffers: tuple[Buffer, ...]) -> Entry:
-    launches = tuple(_launch(item, kernels, len(buffers)) for item in field.key("launches").items())
+    items = field.key("launches").items()
+    launches = tuple(_launch(item, kernels, len(buffers)) for item in items)
+    _check_each(items, launches, buffers)
     written = {buffers[a].name for launch in launches for a in launch.args if buffers[a].kind == "output"}
     for output in OUTPUTS:
         if output not in written:
@@ -168,6 +184,21 @@ def _entry(name: str, field: Field, limits: Limits, kernels: int, buffers: tuple
     return Entry(name, tokens, optional["sequences"], optional["outputs"], launches)
 
 
+def _check_each(items: Sequence[Field], launches: Sequence[Launch], buffers: tuple[Buffer, ...]) -> None:
+    """What every task does for itself touches nothing that all share but to read it; only that fills private buffers.
+
+    A plan does not say which arguments a launch writes; but the first launch that names a buffer must fill it.
+    """
+    filled: set[int] = set()
+    for item, launch in zip(items, launches, strict=True):
+        private = {a for a in launch.args if buffers[a].kind == "private"}
+        if launch.each and (not private or any(buffers[a].kind in ("state", "output") for a in launch.args)):
+            item.key("each").fail("false for a launch that names a state, an output, or no private buffer")
+        if not launch.each and private - filled:
+            item.key("args").fail("private buffers that a launch with 'each' has filled")
+        filled |= private
+
+
 def _bounds(field: Field, most: int) -> tuple[int, int]:
     least_field, most_field = field.items(2)
     least = least_field.integer(1, most)
@@ -175,10 +206,12 @@ def _bounds(field: Field, most: int) -> tuple[int, int]:
 
 
 def _launch(field: Field, kernels: int, buffers: int) -> Launch:
+    each = field.optional("each")
     return Launch(
         kernel=field.key("kernel").integer(0, kernels - 1),
         args=tuple(item.integer(0, buffers - 1) for item in field.key("args").items()),
         barrier=field.key("barrier").boolean(),
+        each=each.boolean() if each else False,
         node=field.key("node").text(),
         flops=_cost(field.key("flops")),
         bytes=_cost(field.key("bytes")),

@@ -1,4 +1,4 @@
-"""A package written by hand: a language model of three C kernels, linked with the native runtime, in a folder.
+"""A package written by hand: a language model of four C kernels, linked with the native runtime, in a folder.
 
 The model: the logits after token t are `table[t, v]` plus the sum of `history[u, v]` over the tokens u of its context,
 which are kept as f32 in paged blocks. It is small enough to compute in numpy, and uses every kind of buffer.
@@ -48,12 +48,18 @@ EXPORT void mix(int32_t task, int32_t tasks, const int32_t *dims, const int32_t 
       }
 }
 
-EXPORT void head(int32_t task, int32_t tasks, const int32_t *dims, const int32_t *token_ids, const int32_t *logit_rows,
-                 const float *mixed, const float *table, float *logits, int32_t *greedy) {
+EXPORT void gather(int32_t task, int32_t tasks, const int32_t *dims, const int32_t *token_ids, const float *table,
+                   float *rows) {
+  for (int t = task; t < dims[0]; t += tasks)
+    for (int v = 0; v < VOCAB; v++) rows[t * VOCAB + v] = table[token_ids[t] * VOCAB + v];
+}
+
+EXPORT void head(int32_t task, int32_t tasks, const int32_t *dims, const int32_t *logit_rows, const float *mixed,
+                 const float *rows, float *logits, int32_t *greedy) {
   for (int o = task; o < dims[3]; o += tasks) {
     int t = logit_rows[o], best = 0;
     for (int v = 0; v < VOCAB; v++) {
-      logits[o * VOCAB + v] = mixed[t * VOCAB + v] + table[token_ids[t] * VOCAB + v];
+      logits[o * VOCAB + v] = mixed[t * VOCAB + v] + rows[t * VOCAB + v];
       if (logits[o * VOCAB + v] > logits[o * VOCAB + best]) best = v;
     }
     greedy[o] = best;
@@ -109,23 +115,28 @@ def plan() -> dict[str, Any]:
         {"kind": "param", "name": "table", "offset": 2176, "bytes": VOCAB * VOCAB * 4},
         {"kind": "output", "name": "logits"},
         {"kind": "output", "name": "greedy"},
+        {"kind": "private", "offset": 64, "bytes": 16 * VOCAB * 4},
     ]
+    costs = {"flops": [0, 2 * VOCAB, 1], "bytes": [8, 4, 4]}
     launches = [
-        {"kernel": kernel, "args": args, "barrier": True, "node": node, "flops": [0, 2 * VOCAB, 1], "bytes": [8, 4, 4]}
-        for kernel, args, node in (
-            (0, [0, 2, 6], "layer.append"),
-            (1, [1, 3, 4, 6, 8, 7], "layer.mix"),
-            (2, [0, 5, 7, 9, 10, 11], "head"),
+        {"kernel": kernel, "args": args, "barrier": True, "each": each, "node": node, **costs}
+        for kernel, args, each, node in (
+            (3, [0, 9, 12], True, "gather"),
+            (0, [0, 2, 6], False, "layer.append"),
+            (1, [1, 3, 4, 6, 8, 7], False, "layer.mix"),
+            (2, [5, 7, 12, 10, 11], False, "head"),
         )
     ]
     return {
         "block_size": BLOCK,
         "arena_bytes": 64 + 16 * VOCAB * 4,
+        "private_bytes": 64 + 16 * VOCAB * 4,
+        "each_tokens": 8,
         "symbols": ["tokens", "sequences", "max_blocks", "outputs"],
         "limits": {"tokens": 16, "sequences": 4, "outputs": 4},
         "states": [{"name": "layer.key", "kind": "paged_kv", "dtype": "f32", "block_shape": [1, 1, BLOCK]}],
         "buffers": buffers,
-        "kernels": ["append", "mix", "head"],
+        "kernels": ["append", "mix", "head", "gather"],
         "entries": {
             "decode": {"tokens": [1, 4], "sequences": [1, 4], "launches": launches},
             "prefill": {"tokens": [1, 16], "outputs": [1, 4], "launches": launches},
@@ -137,7 +148,7 @@ def manifest(name: str) -> dict[str, Any]:
     """manifest.json without the files."""
     variant = {"name": "any", "kernels": "kernels-any.so", "weights": "weights.bin", "requires": []}
     return {
-        "format_version": 1,
+        "format_version": 2,
         "name": name,
         "llmc_version": "0.0.1",
         "model": {"architecture": "tiny", "vocab_size": VOCAB, "max_sequence_length": CONTEXT, "eos_token_ids": []},

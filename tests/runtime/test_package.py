@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.runtime.batch import Chunk, build_batch
 from llmc.runtime.errors import ModelError
+from llmc.runtime.executor import NativeExecutor
 from llmc.runtime.load import load_model
 from llmc.runtime.manifest import FORMAT_VERSION
-from tests.runtime.packages import CONTEXT, VOCAB, manifest, plan, reference, write_manifest, write_package
+from tests.runtime.packages import CONTEXT, VOCAB, manifest, plan, reference, weights, write_manifest, write_package
+
+NODES = ("gather", "layer.append", "layer.mix", "head")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_kernels_compute_the_reference(original: Path, threads: int | None, huge
             ]
         assert model.verify().ok
         assert model.info["loaded"]["threads"] == (threads or len(os.sched_getaffinity(0)))
-        assert model.info["kernels"] == ["append", "mix", "head"]
+        assert model.info["kernels"] == ["append", "mix", "head", "gather"]
 
 
 def test_a_forked_sequence_copies_blocks_of_real_states(original: Path) -> None:
@@ -58,11 +62,39 @@ def test_a_forked_sequence_copies_blocks_of_real_states(original: Path) -> None:
             np.testing.assert_array_equal(sequence.step(2).logits[0], reference([1, 2, 3, 4, 5, 6, 2])[-1])
 
 
+def test_each_task_has_private_memory(original: Path) -> None:
+    """In a step of few tokens every task fills its own; in longer ones, and in a trace, the first's serves all."""
+    for tokens, filled in ((1, 3), (8, 3), (9, 1)):
+        ids = list(range(tokens))
+        rows = weights()[1][ids]
+        with load_model(original, threads=3) as model, model.sequence() as sequence:
+            assert isinstance(sequence.engine.executor, NativeExecutor)
+            private = sequence.engine.executor._private
+            assert private.shape == (3, 4096), "whole pages"
+            np.testing.assert_array_equal(sequence.prefill(ids).logits[0], reference(ids)[-1])
+            for task, memory in enumerate(private):
+                found = memory[64 : 64 + rows.nbytes].view(np.float32).reshape(rows.shape)
+                np.testing.assert_array_equal(found, rows if task < filled else 0 * rows)
+
+
+def test_a_trace_reads_what_tasks_share(original: Path) -> None:
+    ids = np.array([3, 1, 4], np.int32)
+    with load_model(original, threads=3) as model, model.sequence() as sequence:
+        executor, table = sequence.engine.executor, sequence.table
+        assert isinstance(executor, NativeExecutor)
+        with sequence.engine.exclusive():
+            table.extend(len(ids), executor.copy_block)
+            reads = list(executor.trace("prefill", build_batch([Chunk(table, ids, 1)], executor.block_size)))
+        np.testing.assert_array_equal(reads[0](2, np.float32, (3, VOCAB)), weights()[1][ids])
+        np.testing.assert_array_equal(reads[3](3, np.float32, (1, VOCAB))[0], reference(ids.tolist())[-1])
+        assert not executor._private[1:].any()
+
+
 def test_a_profile_names_every_launch(original: Path) -> None:
     with load_model(original) as model:
         timings = model.generate([1, 2, 3], 5, profile=True).timings
         rows = {(row.entry, row.node): row for row in timings.profile}
-        assert set(rows) == {(e, n) for e in ("decode", "prefill") for n in ("layer.append", "layer.mix", "head")}
+        assert set(rows) == {(e, n) for e in ("decode", "prefill") for n in NODES}
         decode = rows["decode", "head"]
         assert (decode.calls, decode.kernel) == (4, "head")
         assert decode.bytes == 4 * 8 + 4 * 4 + 4 * (3 + 4 + 5 + 6), "fixed, per token, per token of context"
@@ -130,6 +162,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest no JSON": (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is no JSON"),
     "manifest a list": (lambda p: (p / "manifest.json").write_text("[]"), "expected an object"),
     "newer": (change_manifest(format_version=FORMAT_VERSION + 1), f"format_version {FORMAT_VERSION + 1} is newer"),
+    "too old": (change_manifest(format_version=FORMAT_VERSION - 2), "format_version 0 is too old"),
     "not a version": (change_manifest(format_version="1"), "format_version: expected an integer"),
     "other target": (change_target(kind="cuda"), "is for 'cuda'"),
     "other machine": (change_target(machine="sparc"), "was compiled for sparc"),
@@ -139,7 +172,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absolute": (change_target(variant={"kernels": "/x/kernels.so"}), "a relative path inside the package"),
     "unlisted": (change_target(variant={"kernels": "other.so"}), "which 'files' does not list"),
     "no library": (not_a_library, "cannot load"),
-    "missing kernel": (change_plan(kernels=["append", "mix", "no_such"]), "has no kernel 'no_such'"),
+    "missing kernel": (change_plan(kernels=["append", "mix", "head", "no_such"]), "has no kernel 'no_such'"),
 }
 
 

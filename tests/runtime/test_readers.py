@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmc.backends.package import FORMAT_VERSION as WRITTEN_VERSION
 from llmc.runtime.document import Field, parse_document
 from llmc.runtime.errors import ModelError
-from llmc.runtime.manifest import read_manifest
+from llmc.runtime.manifest import FORMAT_VERSION, read_manifest
 from llmc.runtime.plan import parse_plan
 from tests.runtime.packages import manifest, plan
 
@@ -67,7 +68,7 @@ def test_a_plan_with_anything_in_it(data: st.DataObject) -> None:
     except ModelError as error:
         assert str(error).startswith("plan.json")
         return
-    sizes = {"arena": read.arena_bytes, "param": WEIGHTS}
+    sizes = {"arena": read.arena_bytes, "private": read.private_bytes, "param": WEIGHTS}
     for buffer in read.buffers:
         assert buffer.kind not in sizes or 0 <= buffer.offset <= buffer.offset + buffer.bytes <= sizes[buffer.kind]
         assert buffer.offset % 64 == 0 and buffer.index in range(max(1, len(read.states)))
@@ -76,6 +77,8 @@ def test_a_plan_with_anything_in_it(data: st.DataObject) -> None:
         for launch in entry.launches:
             assert launch.kernel in range(len(read.kernels))
             assert all(arg in range(len(read.buffers)) for arg in launch.args)
+            kinds = {read.buffers[arg].kind for arg in launch.args}
+            assert not launch.each or ("private" in kinds and not kinds & {"state", "output"})
 
 
 @settings(max_examples=400, deadline=None)
@@ -139,6 +142,52 @@ def test_an_entry_that_is_missing(entry: str) -> None:
     del document["entries"][entry]
     with pytest.raises(ModelError, match=f"an entry point '{entry}'"):
         parse_plan(Field(document, "plan.json"), WEIGHTS)
+
+
+EACH: dict[str, tuple[int, dict[str, Any], str]] = {
+    "nothing private": (0, {"args": [0, 9]}, "each: expected false for a launch that names a state, an output, or no"),
+    "a state": (0, {"args": [0, 6, 12]}, "each: expected false for a launch that names a state, an output, or no"),
+    "an output": (0, {"args": [0, 10, 12]}, "each: expected false for a launch that names a state, an output, or no"),
+    "filled by a share": (0, {"each": False}, "args: expected private buffers that a launch with 'each' has filled"),
+    "no boolean": (0, {"each": 1}, "each: expected true or false, found 1"),
+}
+
+
+@pytest.mark.parametrize("wrong", EACH)
+def test_an_each_launch_that_is_not_sound(wrong: str) -> None:
+    at, changes, message = EACH[wrong]
+    document = plan()
+    document["entries"]["decode"]["launches"][at].update(changes)
+    with pytest.raises(ModelError) as caught:
+        parse_plan(Field(document, "plan.json"), WEIGHTS)
+    assert f"plan.json: entries.decode.launches[{at}].{message}" in str(caught.value)
+
+
+def test_a_private_buffer_outside_its_region() -> None:
+    document = plan()
+    document["private_bytes"] = 64
+    with pytest.raises(ModelError, match=r"buffers\[12\].bytes: expected an integer from 0 to 0"):
+        parse_plan(Field(document, "plan.json"), WEIGHTS)
+
+
+def test_a_plan_of_format_version_1() -> None:
+    """Without private memory, and every launch shared."""
+    document = plan()
+    del document["private_bytes"], document["each_tokens"]
+    document["buffers"][12] = {"kind": "arena", "offset": 64, "bytes": 64}
+    for entry in document["entries"].values():
+        entry["launches"] = [{k: v for k, v in item.items() if k != "each"} for item in entry["launches"]]
+    read = parse_plan(Field(document, "plan.json"), WEIGHTS)
+    assert read.private_bytes == read.each_tokens == 0
+    assert not any(launch.each for entry in read.entries.values() for launch in entry.launches)
+
+
+def test_a_manifest_of_the_format_before(tmp_path: Path) -> None:
+    file = {"sha256": "0" * 64, "bytes": 1}
+    files = {"kernels-any.so": file, "weights.bin": file}
+    assert manifest("x")["format_version"] == FORMAT_VERSION == WRITTEN_VERSION == 2
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest("x"), "format_version": 1, "files": files}))
+    assert read_manifest(tmp_path).name == "x"
 
 
 def test_an_output_that_nothing_writes() -> None:

@@ -213,4 +213,4 @@ void llmc_pool_barrier(Pool *pool, int32_t task) {
   if (task == 0) pool->waited += waited;
 }
 
-const char *llmc_build(void) { return "llmc-native 1 " LLMC_ISA; }
+const char *llmc_build(void) { return "llmc-native 2 " LLMC_ISA; }

@@ -69,17 +69,21 @@ typedef struct {
   const Launch *launches;
   int32_t count;
   void *const *kernels, *const *args;
+  int32_t args_stride, each_tokens;
   const int32_t *dims;
   uint64_t *nanoseconds, last;
 } Step;
 
 static void walk(Pool *pool, void *context, int32_t task, int32_t tasks) {
   Step *step = context;
+  int each = tasks > 1 && step->dims[0] <= step->each_tokens;
+  void *const *args = step->args + (each ? (ptrdiff_t)task * step->args_stride : 0);
   for (int32_t i = 0; i < step->count; i++) {
     const Launch *l = &step->launches[i];
-    call(step->kernels[l->kernel], l->arg_count, task, tasks, step->dims, step->args + l->first_arg);
+    int whole = each && (l->flags & LLMC_EACH);
+    call(step->kernels[l->kernel], l->arg_count, whole ? 0 : task, whole ? 1 : tasks, step->dims, args + l->first_arg);
     if (i + 1 == step->count) break; /* the job's own end is the last barrier */
-    if (l->barrier) llmc_pool_barrier(pool, task);
+    if ((l->flags & LLMC_BARRIER) && !whole) llmc_pool_barrier(pool, task);
     if (task == 0 && step->nanoseconds != NULL) {
       uint64_t now = llmc_nanoseconds();
       step->nanoseconds[i] = now - step->last;
@@ -89,11 +93,12 @@ static void walk(Pool *pool, void *context, int32_t task, int32_t tasks) {
 }
 
 int llmc_step(void *pool, const Launch *launches, int32_t count, void *const *kernels, void *const *args,
-              const int32_t *dims, uint64_t *nanoseconds) {
+              int32_t args_stride, int32_t each_tokens, const int32_t *dims, uint64_t *nanoseconds) {
   for (int32_t i = 0; i < count; i++)
     if (launches[i].arg_count < 0 || launches[i].arg_count > LLMC_MAX_ARGS) return 1;
   if (count <= 0) return 0;
-  Step step = {launches, count, kernels, args, dims, nanoseconds, nanoseconds != NULL ? llmc_nanoseconds() : 0};
+  uint64_t start = nanoseconds != NULL ? llmc_nanoseconds() : 0;
+  Step step = {launches, count, kernels, args, args_stride, each_tokens, dims, nanoseconds, start};
   llmc_pool_run(pool, walk, &step);
   if (nanoseconds != NULL) nanoseconds[count - 1] = llmc_nanoseconds() - step.last;
   return 0;

@@ -22,8 +22,10 @@ from tests.fixtures import REPOSITORY
 
 pytestmark = needs_v3
 HERE = Path(__file__).parent
-KERNELS = ("increment", "reverse", "many", "subnormal", "slow", "flush_subnormals", "keep_subnormals", "float_state")
-LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("barrier", "<i4")])
+KERNELS = ("increment", "reverse", "many", "count", "subnormal", "slow")
+HELPERS = ("flush_subnormals", "keep_subnormals", "float_state")
+LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("flags", "<i4")])
+BARRIER, EACH = 1, 2
 
 
 def build(path: Path) -> None:
@@ -33,7 +35,11 @@ def build(path: Path) -> None:
     # One object holds them all; the other names only have to be exported.
     empty = path.with_suffix(".empty.o")
     subprocess.run(["gcc", "-c", "-x", "c", "/dev/null", "-o", str(empty)], check=True)
-    link({"increment": code.read_bytes(), **{k: empty.read_bytes() for k in KERNELS[1:]}}, ISAS["x86-64-v3"], path)
+    link(
+        {"increment": code.read_bytes(), **{k: empty.read_bytes() for k in (*KERNELS[1:], *HELPERS)}},
+        ISAS["x86-64-v3"],
+        path,
+    )
 
 
 class Native:
@@ -48,18 +54,33 @@ class Native:
         addresses = [ctypes.cast(self.library[k], ctypes.c_void_p).value for k in KERNELS]
         self.kernels = np.array(addresses, np.uint64)
 
-    def step(self, launches: list[tuple[str, list[Array], bool]], dims: list[int], times: Array | None = None) -> int:
-        """Runs (kernel, arrays, barrier) in order; the status."""
+    @property
+    def threads(self) -> int:
+        return int(self.library.llmc_pool_threads(self.pool))
+
+    def step(
+        self,
+        launches: list[tuple[str, list[Array | list[Array]], int]],
+        dims: list[int],
+        times: Array | None = None,
+        each_tokens: int = 0,
+    ) -> int:
+        """Runs (kernel, arrays, flags) in order; a list of arrays is one for each task. The status."""
         records = np.zeros(len(launches), LAUNCH)
-        args: list[int] = []
-        for record, (kernel, arrays, barrier) in zip(records, launches, strict=True):
+        args: list[list[int]] = []
+        for record, (kernel, arrays, flags) in zip(records, launches, strict=True):
             record["kernel"], record["arg_count"] = KERNELS.index(kernel), len(arrays)
-            record["first_arg"], record["barrier"] = len(args), barrier
-            args += [a.ctypes.data for a in arrays]
-        pointers, sizes = np.array([*args, 0], np.uint64), np.array(dims, np.int32)
+            record["first_arg"], record["flags"] = len(args), flags
+            each_task = [a if isinstance(a, list) else [a] * self.threads for a in arrays]
+            args += [[b.ctypes.data for b in tasks] for tasks in each_task]
+        pointers = np.ascontiguousarray(np.array([*args, [0] * self.threads], np.uint64).T)
+        sizes = np.array(dims, np.int32)
         p: Any = [ctypes.c_void_p(a.ctypes.data) for a in (records, self.kernels, pointers, sizes)]
         nanoseconds = None if times is None else ctypes.c_void_p(times.ctypes.data)
-        return int(self.library.llmc_step(self.pool, p[0], len(launches), p[1], p[2], p[3], nanoseconds))
+        stride = pointers.shape[1]
+        return int(
+            self.library.llmc_step(self.pool, p[0], len(launches), p[1], p[2], stride, each_tokens, p[3], nanoseconds)
+        )
 
     def close(self) -> None:
         self.library.llmc_pool_destroy(self.pool)
@@ -75,7 +96,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[1, 2, 3, 9])
 def native(path: Path, request: pytest.FixtureRequest) -> Iterator[Native]:
     library = Native(path, request.param)
-    assert library.library.llmc_pool_threads(library.pool) == request.param
+    assert library.threads == request.param
     yield library
     library.close()
 
@@ -83,7 +104,7 @@ def native(path: Path, request: pytest.FixtureRequest) -> Iterator[Native]:
 def check_order(native: Native, layers: int = 60, n: int = 501) -> None:
     """Alternating kernels, each reading what all tasks of the one before wrote."""
     a, b = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
-    launches = [("increment", [a, b], True), ("reverse", [a, b], True)] * layers
+    launches: Any = [("increment", [a, b], BARRIER), ("reverse", [a, b], BARRIER)] * layers
     assert native.step(launches, [n]) == 0
     expected = np.arange(n, dtype=np.int32)[:: 1 if layers % 2 == 0 else -1] + layers
     assert (a == expected).all()
@@ -97,15 +118,14 @@ def test_a_barrier_is_between_launches(native: Native) -> None:
 
 
 def test_kernels_take_up_to_24_pointers(native: Native) -> None:
-    arrays = [np.full(2, -1, np.int32) for _ in range(24)]
-    assert native.step([("many", arrays, True)], [0]) == 0
-    threads = native.library.llmc_pool_threads(native.pool)
-    assert [a.tolist() for a in arrays] == [[i, threads] for i in range(24)]
+    arrays: Any = [np.full(2, -1, np.int32) for _ in range(24)]
+    assert native.step([("many", arrays, BARRIER)], [0]) == 0
+    assert [a.tolist() for a in arrays] == [[i, native.threads] for i in range(24)]
 
 
 def test_too_many_pointers_are_refused_before_anything_runs(native: Native) -> None:
     a, b = np.zeros(3, np.int32), np.zeros(3, np.int32)
-    assert native.step([("increment", [a, b], True), ("many", [a] * 25, True)], [3]) == 1
+    assert native.step([("increment", [a, b], BARRIER), ("many", [a] * 25, BARRIER)], [3]) == 1
     assert (b == 0).all()
     assert native.step([], [0]) == 0
 
@@ -114,12 +134,60 @@ def test_launches_are_timed_with_their_barriers(native: Native) -> None:
     a, b = np.zeros(3, np.int32), np.zeros(3, np.int32)
     times = np.zeros(3, np.uint64)
     start = time.perf_counter_ns()
-    native.step([("increment", [a, b], True), ("slow", [], True), ("reverse", [a, b], True)], [3], times)
+    native.step([("increment", [a, b], BARRIER), ("slow", [], BARRIER), ("reverse", [a, b], BARRIER)], [3], times)
     elapsed = time.perf_counter_ns() - start
     # A task may begin a launch before the caller, who looks at the clock, has woken from the barrier before it.
     assert times[0] + times[1] >= 20_000_000 and times.sum() <= elapsed
-    native.step([("increment", [a, b], True), ("reverse", [a, b], True), ("slow", [], False)], [3], times)
+    native.step([("increment", [a, b], BARRIER), ("reverse", [a, b], BARRIER), ("slow", [], 0)], [3], times)
     assert times.sum() >= 20_000_000, "the last launch waits for all tasks"
+
+
+def private(native: Native, n: int) -> list[Array]:
+    """A buffer for each task."""
+    return [np.full(n, -1, np.int32) for _ in range(native.threads)]
+
+
+@pytest.mark.parametrize("layers", [1, 40, 41])
+@pytest.mark.parametrize(("tokens", "limit"), [(5, 8), (8, 8), (1, 1)])
+def test_every_task_runs_an_each_launch_for_itself(native: Native, tokens: int, limit: int, layers: int) -> None:
+    """Alternating: each task fills its own buffer, then all share a launch that reads its own task's.
+
+    A new pool's first step has all threads; in later ones the caller may work alone, and then it uses the first buffer.
+    """
+    a, c, p = np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.int32), private(native, tokens)
+    counts = private(native, 2)
+    layer: Any = [("increment", [a, p], BARRIER | EACH), ("count", [counts], BARRIER | EACH)]
+    layer += [("reverse", [c, p], BARRIER), ("increment", [c, p], EACH), ("reverse", [a, p], BARRIER)]
+    assert native.step(layer * layers, [tokens], each_tokens=limit) == 0
+    assert (a == np.arange(tokens) + 2 * layers).all()
+    assert all((b == a[::-1]).all() for b in p), "every task has all rows"
+    assert [b.tolist() for b in counts] == [[0, 1]] * native.threads, "as the one task of one"
+
+
+@pytest.mark.parametrize(("tokens", "limit"), [(9, 8), (1, 0), (501, 8)])
+def test_longer_steps_share_each_launches(native: Native, tokens: int, limit: int) -> None:
+    a, c, p = np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.int32), private(native, tokens)
+    layer: Any = [("increment", [a, p], BARRIER | EACH), ("reverse", [c, p], BARRIER)]
+    layer += [("increment", [c, p], BARRIER | EACH), ("reverse", [a, p], BARRIER)]
+    assert native.step(layer * 30, [tokens], each_tokens=limit) == 0
+    assert (a == np.arange(tokens) + 60).all() and (p[0] == a[::-1]).all()
+    assert all((b == -1).all() for b in p[1:]), "all tasks use the first one's buffer"
+
+
+def test_each_launches_are_timed_without_a_barrier(path: Path) -> None:
+    """The caller waits for a slow task not after an each launch, but after the next one that all share."""
+    native = Native(path, 2)
+    a, b, p = np.zeros(3, np.int32), np.zeros(3, np.int32), private(native, 3)
+    times = np.zeros(3, np.uint64)
+    launches: Any = [("slow", [], 0), ("increment", [a, p], BARRIER | EACH), ("reverse", [b, p], BARRIER)]
+    start = time.perf_counter_ns()
+    native.step(launches, [3], times, each_tokens=8)
+    elapsed = time.perf_counter_ns() - start
+    assert times[1] < times[2] and 20_000_000 <= times.sum() <= elapsed
+    # Run for itself, every task is the last one, which is the one that `slow` keeps.
+    native.step([("slow", [], BARRIER | EACH), *launches[1:]], [3], times, each_tokens=8)
+    assert times[0] >= 20_000_000
+    native.close()
 
 
 def test_concurrent_steps_of_one_pool_take_turns(native: Native) -> None:
@@ -159,12 +227,11 @@ def test_subnormals_are_kept_whatever_the_caller_does(native: Native) -> None:
     native.library.flush_subnormals()
     try:
         before = native.library.float_state()
-        native.step([("subnormal", [tiny, out], True)], [0])
+        native.step([("subnormal", [tiny, out], BARRIER)], [0])
         assert native.library.float_state() == before, "the caller's own state is put back"
     finally:
         native.library.keep_subnormals()
-    threads = native.library.llmc_pool_threads(native.pool)
-    assert (out.view(np.uint32)[:threads] == 0x00400000).all()
+    assert (out.view(np.uint32)[: native.threads] == 0x00400000).all()
 
 
 def test_idle_threads_sleep(path: Path) -> None:
@@ -193,7 +260,7 @@ def test_read_bandwidth_and_build(native: Native) -> None:
         native.pool, ctypes.c_void_p(data.ctypes.data), ctypes.c_uint64(data.size)
     )
     assert 1e7 < speed < 1e13
-    assert native.library.llmc_build() == b"llmc-native 1 x86-64-v3"
+    assert native.library.llmc_build() == b"llmc-native 2 x86-64-v3"
 
 
 FORK = """
@@ -235,7 +302,7 @@ def test_a_pool_works_after_fork(path: Path) -> None:
 def test_threads_follow_the_affinity(path: Path) -> None:
     code = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from pathlib import Path\n"
     code += "from tests.backends.tvm.test_native import Native; n = Native(Path(sys.argv[1]), 0)\n"
-    assert run_python(code + "print(n.library.llmc_pool_threads(n.pool))", str(path)) == "1"
+    assert run_python(code + "print(n.threads)", str(path)) == "1"
 
 
 def available(path: Path, root: Path) -> int:
