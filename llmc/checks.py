@@ -13,6 +13,8 @@ from llmc.ir.interpret import interpret
 from llmc.ir.op import Array
 from llmc.ir.types import DType
 from llmc.options import CompileOptions
+from llmc.passes.pipelines import model_pipeline
+from llmc.passes.quantize import Quantize
 
 _LENGTHS = (5, 12, 3, 8)
 _TOP = 8
@@ -22,15 +24,27 @@ TOLERANCE = {DType.F32: 1e-4, DType.F16: 5e-3, DType.BF16: 4e-2}
 float64 by some 1e-6; a 16-bit cache rounds keys and values to 2^-11 (f16) or 2^-8 (bf16) each."""
 
 
+CODE_STEP = 1 / 127
+"""The same where activations are rounded to 8 bits: a small difference before the rounding can be a step after it,
+1/127 of the largest activation of a group."""
+
+
 def make_checks(
-    graph: Graph, load: Callable[[str], Array], info: ModelInfo, kv: DType, options: CompileOptions
+    graph: Graph,
+    load: Callable[[str], Array],
+    info: ModelInfo,
+    kv: DType,
+    quant: Quantize | None,
+    options: CompileOptions,
 ) -> dict[str, Any]:
-    """checks.json: for each prompt the largest logits after its last token, and their scale.
+    """checks.json: for each prompt the largest logits after its last token, and their scale. The reference has the
+    package's weights: with `quant`, as their codes say.
 
     The prompts are pseudo-random token ids, so that a package without a tokenizer has them too. Models too large for
     the interpreter get none, and `verify` says so.
     """
     cases = []
+    graph = graph if quant is None else model_pipeline(quant).run(graph)
     lengths = _LENGTHS[: options.checks] if info.num_parameters <= options.checks_max_parameters else ()
     for i, length in enumerate(lengths):
         ids = np.random.default_rng(i).integers(0, info.vocab_size, min(length, info.max_sequence_length))
@@ -44,4 +58,8 @@ def make_checks(
                 "max_abs": round(float(np.abs(logits).max()), 7),
             }
         )
-    return {"cases": cases, "tolerance": TOLERANCE[kv], "reference": "float64 interpreter"}
+    return {
+        "cases": cases,
+        "tolerance": TOLERANCE[kv] if quant is None else max(TOLERANCE[kv], CODE_STEP),
+        "reference": "float64 interpreter",
+    }

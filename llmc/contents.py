@@ -53,12 +53,13 @@ def make_manifest(
     name: str,
     imported: ImportedModel,
     kernels: Kernels,
+    formats: Mapping[str, str],
     kv_dtype: DType,
     target: Target,
     versions: Mapping[str, str],
     sizes: Mapping[str, int],
 ) -> dict[str, Any]:
-    """manifest.json, but for the files' hashes."""
+    """manifest.json, but for the files' hashes. `formats`: see `quantization.described`."""
     info = imported.info
     packages = ["numpy", "tokenizers"] if imported.tokenizer_files else ["numpy"]
     return {
@@ -68,7 +69,7 @@ def make_manifest(
         "generation": dict(info.generation),
         "target": {"kind": "cpu", "machine": target.machine, "variants": list(kernels.variants)},
         "quantization": {
-            "weights": "none",
+            **formats,
             "kv": kv_dtype.value,
             "bits_per_weight": round(8 * sizes["weights"] / max(1, info.num_parameters), 3),
         },

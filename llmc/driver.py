@@ -19,7 +19,7 @@ from llmc.importers.hf import ImportedModel, import_model
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
-from llmc.ir.op import Array
+from llmc.ir.op import Array, Value
 from llmc.ir.target import parse_target
 from llmc.ir.types import DType
 from llmc.ir.verify import verify
@@ -27,6 +27,8 @@ from llmc.options import KV_DTYPES, CompileOptions
 from llmc.passes.base import Observer, PassContext
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
+from llmc.passes.quantize import Quantize
+from llmc.quantization import described, read_quantization
 
 
 def compile_model(
@@ -39,8 +41,7 @@ def compile_model(
     report = CompileReport(output.absolute(), progress)
     name = check_name(options.name or output.absolute().name)
     target = parse_target(options.target, host_flags())
-    if options.quant != "none":
-        raise LlmcError(f"--quant {options.quant}: this version keeps the checkpoint's dtype; known: none")
+    quant = read_quantization(options.quant)
     with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
         with report.phase("import"):
             imported = import_model(
@@ -54,7 +55,7 @@ def compile_model(
         kv_dtype = kv_dtype_of(options, imported)
         backend = TvmBackend(target)
         with report.phase("passes"):
-            step = run_passes(imported.graph, load, options, kv_dtype, report)
+            step = run_passes(imported.graph, load, options, kv_dtype, quant, report)
             lowered = backend.lower(step)
             verify(lowered)
             entries = [backend.plan(e, g) for e, g in specialised(lowered, options.limits)]
@@ -64,12 +65,12 @@ def compile_model(
             report.kernel_seconds = dict(kernels.seconds)
         with report.phase("packing"):
             tensors = parameters(entries)
-            evaluate = partial(evaluate_parameters, load=load, kept={})
+            kept: dict[Value, Array] = {}
             placed = package.write_tensors(
-                "weights.bin", [(label, partial(evaluate, value)) for label, value in tensors.items()]
+                "weights.bin", [(label, partial(evaluate_parameters, v, load, kept)) for label, v in tensors.items()]
             )
         with report.phase("checks"):
-            checks = make_checks(imported.graph, load, imported.info, kv_dtype, options)
+            checks = make_checks(imported.graph, load, imported.info, kv_dtype, quant, options)
         plan = make_plan(entries, placed, step, options)
         for file, data in {
             **kernels.files,
@@ -87,7 +88,9 @@ def compile_model(
             "arena": plan["arena_bytes"],
             "private": plan["private_bytes"],
         }
-        manifest = make_manifest(name, imported, kernels, kv_dtype, target, backend.versions, report.sizes)
+        manifest = make_manifest(
+            name, imported, kernels, described(quant, step), kv_dtype, target, backend.versions, report.sizes
+        )
         package.finish(manifest)
     if options.wheel:
         report.wheel = write_wheel(report.package, manifest, name)
@@ -96,7 +99,12 @@ def compile_model(
 
 
 def run_passes(
-    graph: Graph, load: Callable[[str], Array], options: CompileOptions, kv_dtype: DType, report: CompileReport
+    graph: Graph,
+    load: Callable[[str], Array],
+    options: CompileOptions,
+    kv_dtype: DType,
+    quant: Quantize | None,
+    report: CompileReport,
 ) -> Graph:
     """The step graph: the pipeline, verified after every pass and watched as the options ask."""
     context = PassContext()
@@ -105,7 +113,7 @@ def run_passes(
         observers.append(Dumper(options.dump_ir, context))
     if options.check_numerics:
         observers.append(NumericsCheck(load))
-    return step_pipeline(kv_dtype, options.block_size).run(graph, context, together(*observers))
+    return step_pipeline(kv_dtype, options.block_size, quant).run(graph, context, together(*observers))
 
 
 def host_flags() -> frozenset[str]:

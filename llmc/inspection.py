@@ -18,6 +18,8 @@ from llmc.packages import read_manifest
 from llmc.passes.base import Pipeline
 from llmc.passes.constants import ConstantFolder
 from llmc.passes.pipelines import step_pipeline
+from llmc.passes.quantize import Quantize
+from llmc.quantization import of_manifest
 
 ENTRIES = ("prefill", "decode", "verify")
 FORMATS = ("text", "dot")
@@ -38,10 +40,11 @@ def inspect(source: Path, after: str | None = None, entry: str | None = None, fo
     if packaged and after is None:
         graph = read_graph(source, entry or "model")
     else:
-        kv = DType(read_manifest(source)["quantization"]["kv"]) if packaged else DType.F16
+        made = read_manifest(source)["quantization"] if packaged else {"kv": "f16"}
+        kv, quant = DType(made["kv"]), of_manifest(made)
         graph = read_graph(source, "model") if packaged else import_model(source).graph
         if after is not None:
-            graph = run_until(graph, after, kv)
+            graph = run_until(graph, after, kv, quant)
         elif entry is not None:
             graph = dict(specialised(lower(step_pipeline(kv).run(graph)), Limits()))[entry]
     return str(graph) if form == "text" else to_dot(graph)
@@ -55,9 +58,9 @@ def read_graph(package: Path, stage: str) -> Graph:
     return parse(path.read_text(encoding="utf-8"), ConstantFolder(path.parent))
 
 
-def run_until(graph: Graph, name: str, kv: DType) -> Graph:
+def run_until(graph: Graph, name: str, kv: DType, quant: Quantize | None = None) -> Graph:
     """The graph after the last pass of that name in the pipeline."""
-    passes = step_pipeline(kv).passes
+    passes = step_pipeline(kv, quant=quant).passes
     places = [i for i, step in enumerate(passes) if step.name == name]
     if not places:
         raise LlmcError(f"there is no pass {name!r} in the pipeline; {nearest(name, {p.name for p in passes})}")

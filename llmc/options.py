@@ -25,6 +25,7 @@ class CompileOptions:
     target: str = "cpu"
     name: str | None = None
     quant: str = "none"
+    """`none`, a format's name, or the path of a .toml file (see `quantization.read_quantization`)."""
     kv_quant: str | None = None
     architecture: Path | None = None
     max_sequence_length: int | None = None

@@ -15,6 +15,7 @@ from llmc.passes.fuse_rope import FuseRope
 from llmc.passes.pack_linears import PackLinears
 from llmc.passes.paged_kv import PagedKv
 from llmc.passes.plan_memory import PlanMemory
+from llmc.passes.quantize import Quantize
 from llmc.passes.raise_linear import RaiseLinear
 from llmc.passes.specialize import Specialize
 
@@ -36,9 +37,15 @@ COMMON = Pipeline(
 """Any model: from primitive ops to fused ones."""
 
 
-def step_pipeline(kv_dtype: DType, block_size: int = 16) -> Pipeline:
+def model_pipeline(quant: Quantize | None = None) -> Pipeline:
+    """Any model, from primitive ops to the fused ones whose weights are in the formats asked for."""
+    # Quantizing comes after packing, which joins weights that then have one format, and before rows are gathered.
+    return COMMON if quant is None else COMMON + Pipeline((quant,))
+
+
+def step_pipeline(kv_dtype: DType, block_size: int = 16, quant: Quantize | None = None) -> Pipeline:
     """From an imported model, a function of one sequence, to a step over a ragged batch with paged state."""
-    return COMMON + Pipeline(
+    return model_pipeline(quant) + Pipeline(
         (
             PagedKv(block_size, kv_dtype),  # attention reads through block tables
             FuseAppend(),  # rotation and cache append read the joint projection once

@@ -9,6 +9,7 @@ import typer
 
 from llmc.commands.common import Json, Model, error_console, print_json
 from llmc.driver import compile_model
+from llmc.ir.quant import FORMATS
 from llmc.options import CompileOptions
 from llmc.report.ledger import print_compile_report
 
@@ -24,7 +25,15 @@ def command(
     target: Annotated[
         str, typer.Option(help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4.")
     ] = "cpu",
-    quant: Annotated[str, typer.Option(help="Weight format: none keeps the checkpoint's dtype.")] = "none",
+    quant: Annotated[
+        str,
+        typer.Option(
+            metavar=f"none|{'|'.join(FORMATS)}|FILE.toml",
+            help="Weight format: none keeps the checkpoint's dtype, q8 takes 8.5 bits a weight, q4 4.5. A file gives"
+            " one each to format (all linears), lm_head and embedding; a tied embedding is like the lm_head, others are"
+            " kept by default.",
+        ),
+    ] = "none",
     kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32.")] = None,
     architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,

@@ -1,0 +1,129 @@
+"""Weights in a format of codes and scales; products with them take their activations in 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmc.ir.errors import LlmcError, nearest
+from llmc.ir.graph import Graph, Input, Param
+from llmc.ir.op import Emitter, Node, Op, Value
+from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.linear import GatedLinear, Linear
+from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, QuantizedLinear, QuantizeWeight
+from llmc.ir.quant import FORMATS
+from llmc.ir.types import DType
+from llmc.passes.base import Pass, PassContext
+
+NONE = "none"
+"""Keeps a part in the dtype that it has."""
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """`linear`, `gated_linear` and `embedding` become their quantized forms, over `quantize_weight` of the weight.
+
+    `format` is for linears; `lm_head` for the one that makes `logits`, like `format` unless given; `embedding` for the
+    table of token_ids, which is kept unless given, but for a table that is the head's weight too: that has the head's
+    format. `none` keeps a part in its dtype. Readers of one weight share its codes.
+
+    Raises `LlmcError` for a format that does not exist, and for a table of which head and embedding disagree.
+    """
+
+    name = "quantize"
+    stage = "fused"
+    tolerance = 1.0  # numbers change, but not beyond their own size; tests/passes/test_quantize.py says to what
+
+    format: str
+    lm_head: str | None = None
+    embedding: str | None = None
+
+    def __post_init__(self) -> None:
+        for part, given in (("format", self.format), ("lm_head", self.lm_head), ("embedding", self.embedding)):
+            if given is not None and given != NONE and given not in FORMATS:
+                raise LlmcError(f"{part}: there is no weight format {given!r}; {nearest(given, [NONE, *FORMATS])}")
+
+    @property
+    def head(self) -> str:
+        """The format of the linear that makes logits."""
+        return self.format if self.lm_head is None else self.lm_head
+
+    def table(self, tied: bool) -> str:
+        """The format of the table of tokens; `tied` says whether it is the head's weight."""
+        if not tied:
+            return NONE if self.embedding is None else self.embedding
+        if self.embedding not in (None, self.head):
+            raise LlmcError(
+                f"the embedding is asked for as {self.embedding} and the lm_head as {self.head}, but they are one"
+                " tensor; give both the same format, or leave the embedding out"
+            )
+        return self.head
+
+    def run(self, graph: Graph, context: PassContext) -> Graph:
+        quantizing = _Quantizing(self, graph, context)
+        return graph.map(quantizing.emit)
+
+
+@dataclass
+class _Quantizing:
+    options: Quantize
+    graph: Graph
+    context: PassContext
+    codes: dict[tuple[Value, str], tuple[Value, Value]] = field(default_factory=dict)
+    """Codes and scales by weight and format."""
+
+    def __post_init__(self) -> None:
+        self.head = head_of(self.graph)
+
+    def emit(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        """What takes the node's place."""
+        b = Emitter()
+        b.loc = node.loc
+        kept = node.results if inputs == node.inputs else b.make(node.op, inputs).results
+        format = self._format(node)
+        if format == NONE or not self._is_weight(node.inputs[1]) or not self.context.fire(f"quantized-{node.op.name}"):
+            return kept
+        first, weight, *rest = inputs
+        return b.make(_quantized(node.op, format, weight), (first, *self._quantized(b, weight, format), *rest)).results
+
+    def _format(self, node: Node) -> str:
+        """The format of the weight that a node reads."""
+        if isinstance(node.op, Linear | GatedLinear) and node.types[0].dtype is DType.F32:
+            return self.options.head if node is self.head else self.options.format
+        if isinstance(node.op, Embedding) and node.op.dtype is DType.F32 and _is_tokens(node.inputs[0]):
+            return self.options.table(self.head is not None and self.head.inputs[1] == node.inputs[1])
+        return NONE
+
+    def _is_weight(self, value: Value) -> bool:
+        return isinstance(value.op, Param) or value.node in self.graph.parameter_only
+
+    def _quantized(self, b: Emitter, weight: Value, format: str) -> tuple[Value, Value]:
+        """Codes and scales of a weight, made once for all its readers."""
+        key = (weight, format)
+        if key not in self.codes:
+            codes, scales = b.make(QuantizeWeight(format), (weight,)).results
+            self.codes[key] = codes, scales
+        return self.codes[key]
+
+
+def head_of(graph: Graph) -> Node | None:
+    """The linear that makes logits, behind elementwise ops (a scale, a soft cap); None where there is none."""
+    value = dict(graph.outputs).get("logits")
+    while value is not None and not isinstance(value.op, Linear):
+        carriers = [v for v in value.node.inputs if v.type.shape == value.type.shape]
+        value = carriers[0] if value.op.elementwise and len(set(carriers)) == 1 else None
+    return None if value is None else value.node
+
+
+def _is_tokens(ids: Value) -> bool:
+    return isinstance(ids.op, Input) and ids.op.label == "token_ids"
+
+
+def _quantized(op: Op, format: str, weight: Value) -> Op:
+    """The op that reads codes where `op` reads a weight."""
+    if isinstance(op, Linear):
+        return QuantizedLinear(format, op.bias, op.activation, op.residual)
+    if isinstance(op, GatedLinear):
+        return QuantizedGatedLinear(format, op.activation, op.bias)
+    width = weight.type.shape[1]
+    assert isinstance(width, int)
+    return QuantizedEmbedding(format, width)

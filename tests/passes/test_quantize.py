@@ -1,0 +1,183 @@
+"""What quantizing replaces, and that the result computes with codes: written once more in numpy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.ir.errors import LlmcError, ParseError
+from llmc.ir.graph import Graph, Leaf
+from llmc.ir.interpret import interpret
+from llmc.ir.op import Array
+from llmc.ir.quant import FORMATS
+from llmc.ir.text import parse
+from llmc.ir.types import DType
+from llmc.passes.base import PassContext
+from llmc.passes.observe import NumericsCheck, Verifier, together
+from llmc.passes.pipelines import COMMON, model_pipeline, read_pipeline, step_pipeline
+from llmc.passes.quantize import Quantize
+from llmc.passes.trials import random_parameter
+from tests.ir.examples import fake, silu
+from tests.passes.graphs import Model, counts, learned_model, rotary_model
+
+LAYER = {"quantized_linear": 3, "quantized_gated_linear": 1}
+
+
+def formats(graph: Graph) -> Counter[str]:
+    """`op:format` of the nodes that read codes."""
+    found = (f"{n.op.name}:{getattr(n.op, 'format', '')}" for n in graph.nodes if n.op.name.startswith("quantized_"))
+    return Counter(found)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_linear_of_a_layer(name: str) -> None:
+    context, layers = PassContext(), 3
+    model = rotary_model(layers=layers, width=8, rotary=8, weights=DType.BF16)
+    step = step_pipeline(DType.F16, quant=Quantize(name)).run(model, context, together(Verifier(), NumericsCheck()))
+    found = counts(step)
+    assert {k: found[k] for k in ("linear", "gated_linear", "embedding")} == dict.fromkeys(
+        ("linear", "gated_linear", "embedding"), 0
+    )
+    assert found["quantized_linear"] == 3 * layers + 1
+    assert found["quantized_gated_linear"] == layers
+    assert found["quantized_embedding"] == 1
+    assert {k: context.counts[f"quantized-{k}"] for k in ("linear", "gated_linear", "embedding")} == {
+        "linear": 3 * layers + 1,
+        "gated_linear": layers,
+        "embedding": 1,
+    }
+    packed = Counter(n.op.name for n in step.nodes if n in step.parameter_only)
+    assert packed["quantize_weight"] == 4 * layers + 1, "the table and the head share their codes"
+    assert parse(str(step)) == step
+
+
+def test_rows_are_gathered_before_a_quantized_head() -> None:
+    step = step_pipeline(DType.F16, quant=Quantize("q4")).run(rotary_model())
+    (gather,) = [n for n in step.nodes if n.op.name == "gather_rows"]
+    assert gather.inputs[0].op.name == "quantized_linear"
+    assert [n.op.name for n, _ in step.uses[gather.results[0]]] == ["rms_norm"]
+
+
+def untied(model: Graph) -> Graph:
+    """The model with a head of its own."""
+    b = Model()
+    weight = b.param("head.weight", model.params[0].type.dtype, (11, 16))
+    graph = COMMON.run(model)
+
+    def emit(node: Any, inputs: Any) -> Any:
+        head = node.op.name == "linear" and node.inputs[1] == graph.leaf("embed.weight")
+        return b.make(node.op, (inputs[0], weight) if head else inputs).results
+
+    return replace(graph.map(emit), params=(*graph.params, weight))
+
+
+ROTARY = {"quantized_linear:q4": 6, "quantized_gated_linear:q4": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "tied", "expected"),
+    [
+        ("format=q4", True, {**ROTARY, "quantized_linear:q4": 7, "quantized_embedding:q4": 1}),
+        ("format=q4", False, {**ROTARY, "quantized_linear:q4": 7}),
+        ("format=q4,lm_head=q8", True, {**ROTARY, "quantized_linear:q8": 1, "quantized_embedding:q8": 1}),
+        ("format=q4,lm_head=q8,embedding=q8", True, {**ROTARY, "quantized_linear:q8": 1, "quantized_embedding:q8": 1}),
+        ("format=q4,lm_head=none", True, ROTARY),
+        ("format=q4,lm_head=none,embedding=none", True, ROTARY),
+        ("format=none,lm_head=q4", True, {"quantized_linear:q4": 1, "quantized_embedding:q4": 1}),
+        ("format=none,lm_head=q4", False, {"quantized_linear:q4": 1}),
+        ("format=q4,lm_head=q8,embedding=q4", False, {**ROTARY, "quantized_linear:q8": 1, "quantized_embedding:q4": 1}),
+        ("format=none,embedding=q8", False, {"quantized_embedding:q8": 1}),
+        ("format=q8,embedding=none", False, {"quantized_linear:q8": 7, "quantized_gated_linear:q8": 2}),
+        ("format=none", True, {}),
+    ],
+)
+def test_parts(options: str, tied: bool, expected: dict[str, int]) -> None:
+    graph = COMMON.run(rotary_model()) if tied else untied(rotary_model())
+    assert formats(read_pipeline(f"quantize{{{options}}}").run(graph, observer=Verifier())) == expected
+
+
+@pytest.mark.parametrize(
+    "options", ["lm_head=q8,embedding=q4", "embedding=none", "embedding=q8", "lm_head=none,embedding=q4"]
+)
+def test_head_and_table_that_disagree(options: str) -> None:
+    graph = COMMON.run(rotary_model())
+    with pytest.raises(LlmcError, match=r"one tensor; give both the same format"):
+        read_pipeline(f"quantize{{format=q4,{options}}}").run(graph)
+
+
+def test_positions_are_no_tokens() -> None:
+    after = model_pipeline(Quantize("q4", embedding="q8")).run(learned_model())
+    (places,) = (n for n in after.nodes if n.op.name == "embedding")
+    assert places.loc == "places"
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ParseError, match=r"'quantize': format: there is no weight format 'q44'; did you mean 'q4'"):
+        read_pipeline("quantize{format=q44}")
+    with pytest.raises(ParseError, match=r"lm_head: there is no weight format 'non'; did you mean 'none'"):
+        read_pipeline("quantize{format=q4,lm_head=non}")
+    with pytest.raises(ParseError, match="the pass 'quantize' needs the option 'format'"):
+        read_pipeline("quantize")
+    text = "quantize{format=q4,lm_head=q8}"
+    assert str(read_pipeline(text)) == text
+
+
+def test_a_budget_bisects() -> None:
+    graph = COMMON.run(rotary_model())
+    done = [sum(formats(Quantize("q4").run(graph, PassContext(limit))).values()) for limit in range(12)]
+    assert done == [*range(11), 10]
+
+
+def test_a_weight_that_is_computed_from_inputs_is_kept() -> None:
+    b = Model()
+    x = b.input("x", DType.F32, (4, 4))
+    graph = b.graph({"logits": b.linear(x, b.exp(x))})
+    assert Quantize("q4").run(graph, PassContext()) == graph
+
+
+def rms(x: Array, weight: Array) -> Array:
+    result: Array = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-5) * weight
+    return result
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_computed(name: str) -> None:
+    """An embedding, a gated block with a residual and a tied head, of activations and weights as their codes say."""
+    b = Model(DType.BF16)
+    table = b.param("embed.weight", DType.BF16, (11, 40))
+    x = b.embedding(b.token_ids, table, dtype=DType.F32)
+    y = b.rms_norm(x, b.param("norm", DType.F32, (40,)), eps=1e-5)
+    y = b.gated_linear(
+        y,
+        b.concat(b.param("gate", DType.BF16, (24, 40)), b.param("up", DType.BF16, (24, 40)), axis=0),
+        activation="silu",
+    )
+    x = b.linear(
+        y, b.param("down", DType.BF16, (40, 24)), b.param("bias", DType.F32, (40,)), x, bias=True, residual=True
+    )
+    graph = b.graph({"logits": b.linear(x, table)})
+    arrays = {
+        v.op.label: random_parameter(v).astype(v.type.dtype.numpy) for v in graph.params if isinstance(v.op, Leaf)
+    }
+    ids = np.array([3, 0, 10, 3, 7])
+    after = Quantize(name).run(graph, PassContext())
+    got = interpret(after, {"token_ids": ids, "positions": np.arange(5)}, arrays).outputs["logits"]
+
+    def read(label: str) -> Array:
+        weight = arrays[label].astype(np.float64)
+        codes, scales = FORMATS[name].quantize(weight)
+        zero = {"q8": 128.0, "q4": 8.0}[name]
+        return ((codes - zero) * np.repeat(scales.astype(np.float64), 32, 1))[:, : weight.shape[1]]
+
+    hidden = read("embed.weight")[ids]
+    inner = fake(rms(hidden, arrays["norm"].astype(np.float64)))
+    inner = silu(inner @ read("gate").T) * (inner @ read("up").T)
+    hidden = hidden + fake(inner) @ read("down").T + arrays["bias"]
+    np.testing.assert_allclose(got, fake(hidden) @ read("embed.weight").T, rtol=1e-9, atol=1e-12)
+    plain = interpret(graph, {"token_ids": ids, "positions": np.arange(5)}, arrays).outputs["logits"]
+    assert np.abs(got - plain).max() < {"q8": 0.03, "q4": 0.3}[name] * np.abs(plain).max()
+    assert np.abs(got - plain).max() > 0
