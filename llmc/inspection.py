@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.backends.tvm.lower import lower
+from llmc.backends.tvm.lower_attention import entry_graph
 from llmc.entries import specialised
 from llmc.importers.hf import import_model
 from llmc.ir.errors import LlmcError, nearest
@@ -39,11 +40,14 @@ def inspect(source: Path, after: str | None = None, entry: str | None = None, fo
         graph = read_graph(source, entry or "model")
     else:
         kv = DType(read_manifest(source)["quantization"]["kv"]) if packaged else DType.F16
-        graph = read_graph(source, "model") if packaged else import_model(source).graph
+        imported = None if packaged else import_model(source)
+        graph = imported.graph if imported else read_graph(source, "model")
         if after is not None:
             graph = run_until(graph, after, kv)
-        elif entry is not None:
-            graph = dict(specialised(lower(step_pipeline(kv).run(graph)), Limits()))[entry]
+        elif entry is not None and imported:
+            longest = imported.info.max_sequence_length
+            lowered = lower(step_pipeline(kv).run(graph), longest)
+            graph = entry_graph(entry, dict(specialised(lowered, Limits()))[entry], longest)
     return str(graph) if form == "text" else to_dot(graph)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from llmc.backends.base import Kernels, KernelSpec
 from llmc.backends.tvm.compile import compile_kernel, link
 from llmc.backends.tvm.isa import ISAS, Isa
-from llmc.backends.tvm.kernels import attention, cache, elementwise, embedding, linear, norm, rotary, rows
+from llmc.backends.tvm.kernels import attention, cache, decode, elementwise, embedding, linear, norm, rotary, rows
 from llmc.ir.target import CpuVariant
 
 _MAKERS: dict[str, Callable[..., Any]] = {
@@ -25,9 +25,10 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "gated_linear": linear.gated_linear,
     "rotary_table": rotary.rotary_table,
     "dynamic_rotary_table": rotary.dynamic_rotary_table,
-    "rope_append": cache.rope_append,
     "append": cache.append,
-    "paged_attention": attention.paged_attention,
+    "attention": attention.attention,
+    "split_attention": decode.split_attention,
+    "combine_splits": decode.combine_splits,
     "gather_rows": rows.gather_rows,
     "argmax": rows.argmax,
     "add": elementwise.add,

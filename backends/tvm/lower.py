@@ -5,13 +5,14 @@ What is added on the parameters' side is the pack program: it runs once, tensor 
 
 from __future__ import annotations
 
-from llmc.backends.tvm.ops import DynamicRotaryTable, JointAttention, PackedEmbedding, PackedGatedLinear, PackedLinear
+from llmc.backends.tvm.lower_attention import lower_append, lower_attention
+from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
 from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Hole, Node, Value, as_tuple, topological
 from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.cache import QkvAppend
+from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
@@ -23,14 +24,18 @@ _NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2}
 """Where a norm's weights begin among its operands."""
 
 
-def lower(graph: Graph) -> Graph:
-    """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none."""
-    lowering = _Lowering(graph)
+def lower(graph: Graph, longest: int) -> Graph:
+    """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none.
+
+    A sequence has `longest` tokens at most.
+    """
+    lowering = _Lowering(graph, longest)
     return graph.map(lowering.node)
 
 
 class _Lowering:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, longest: int) -> None:
+        self.longest = longest
         self.packed: dict[tuple[str, Value], Value] = {}
         self.parameter_only = graph.parameter_only
         linear = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Linear)}
@@ -62,9 +67,12 @@ class _Lowering:
             rows = inputs[1].type.shape[0]
             assert isinstance(rows, int)
             return self._emit(b, PackedEmbedding(rows), inputs[0], panels)
-        if isinstance(op, PagedAttention) and isinstance(inputs[0].op, QkvAppend) and inputs[0].index == 0:
-            joint = JointAttention(op.num_heads, op.num_kv_heads, op.head_dim, op.scale)
-            return self._emit(b, joint, inputs[0].node.inputs[0], *inputs[1:])
+        if isinstance(op, RopeAppend | QkvAppend):
+            return lower_append(b, op, inputs)
+        if isinstance(op, PagedAttention):
+            attention = lower_attention(b, op, inputs, self.longest)
+            if attention is not None:
+                return attention
         if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
             source = inputs[1].op
             table = DynamicRotaryTable(source.base, source.factor, source.max_positions, source.rotary_dim, op.scaling)
@@ -92,9 +100,7 @@ class _Lowering:
             new.update(zip(inner.results, as_tuple(made), strict=True))
         return tuple(new[v] for v in results)
 
-    def _emit(
-        self, b: Emitter, op: PackedLinear | PackedGatedLinear | PackedEmbedding | JointAttention, *inputs: Value
-    ) -> Value:
+    def _emit(self, b: Emitter, op: PackedLinear | PackedGatedLinear | PackedEmbedding, *inputs: Value) -> Value:
         made = b.make(op, inputs)
         assert has_kernel(made), made
         return made.results[0]
