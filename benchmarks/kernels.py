@@ -21,11 +21,14 @@ import numpy as np
 
 from llmc.backends.tvm.compile import compile_kernel, link
 from llmc.backends.tvm.isa import ISAS, Isa
-from llmc.backends.tvm.kernels.attention import paged_attention
+from llmc.backends.tvm.kernels.attention import attention
+from llmc.backends.tvm.kernels.decode import combine_splits, split_attention
 from llmc.backends.tvm.kernels.linear import gated_linear, linear
 from llmc.backends.tvm.packing import pack, pack_gated
 
 DTYPES: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+CONTEXT = 16384
+"""Keys that one token attends to, in the decode figure."""
 LAUNCH = np.dtype([("kernel", "<i4"), ("arg_count", "<i4"), ("first_arg", "<i4"), ("flags", "<i4")])
 
 # Twelve independent chains of fused multiply-adds in registers: what a core can do at most. The instruction is written
@@ -111,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     isa = ISAS[options.isa]
     n, k = 8192, 4096  # of GEMV: far larger than a cache
-    heads = {"q_heads": 16, "kv_heads": 8, "head_dim": 128, "scale": 1 / math.sqrt(128), "kv_dtype": "f16"}
+    heads = {"q_heads": 16, "kv_heads": 8, "head_dim": 128, "kv_dtype": "f16"}
     kernels = {f"gemv_{d}": linear(f"gemv_{d}", isa, rows_dim=0, n=n, k=k, weight_dtype=d) for d in DTYPES}
     shapes = [(2048, 2048), (1024, 4096), (256, 256)]
     for a, b in shapes:
@@ -119,7 +122,10 @@ def main() -> None:
             f"gemm_{d}_{a}_{b}": linear(f"gemm_{d}_{a}_{b}", isa, rows_dim=0, n=a, k=b, weight_dtype=d) for d in DTYPES
         }
     kernels["gated"] = gated_linear("gated", isa, rows_dim=0, n=2048, k=1024, weight_dtype="f16", activation="silu")
-    kernels["attention"] = paged_attention("attention", isa, **heads)
+    scaled = {**heads, "scale": 1 / math.sqrt(128)}
+    kernels["attention"] = attention("attention", isa, **scaled)
+    kernels["split_attention"] = split_attention("split_attention", isa, **scaled, splits=CONTEXT // 256)
+    kernels["combine_splits"] = combine_splits("combine_splits", isa, q_heads=16, head_dim=128, splits=CONTEXT // 256)
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(isa, options.threads, kernels, Path(folder))
     print(f"{isa.name}, {machine.threads} threads; best of {options.rounds}, in turns with its limit")
@@ -132,7 +138,7 @@ def main() -> None:
                 gemm(machine, f"gemm_{dtype}_{a}_{b}", rows, a, b, pack(random((a, b), dtype)), options.rounds)
     half = random((2048, 1024), "f16")
     gemm(machine, "gated", 512, 4096, 1024, pack_gated(half, half), options.rounds)
-    attention(machine, heads, options.rounds)
+    attend(machine, heads, options.rounds)
 
 
 def gemv(machine: Machine, dtype: str, rows: int, n: int, k: int, rounds: int) -> None:
@@ -159,33 +165,38 @@ def gemm(machine: Machine, kernel: str, rows: int, n: int, k: int, w: Any, round
     print(f"{kernel:20} rows {rows:3} {got / 1e9:7.1f} GFLOP/s of {limit / 1e9:6.1f} peak   {got / limit:4.0%}")
 
 
-def attention(machine: Machine, heads: dict[str, Any], rounds: int) -> None:
+def attend(machine: Machine, heads: dict[str, Any], rounds: int) -> None:
     """Decode over a long context against a plain read of it; prefill against the FMA loop."""
     q_heads, kv_heads, head_dim = heads["q_heads"], heads["kv_heads"], heads["head_dim"]
-    context = 16384
-    blocks = context // 16
+    width = (q_heads + 2 * kv_heads) * head_dim
+    blocks = CONTEXT // 16
     key, value = (random((blocks, kv_heads, 16 * head_dim), "f16") for _ in range(2))
     table = np.random.default_rng(0).permutation(blocks).astype(np.int32)
-    positions, starts = np.array([context - 1], np.int32), np.array([0, 1], np.int32)
-    q, out = random((1, q_heads * head_dim), "f32"), np.zeros((512, q_heads * head_dim), np.float32)
+    positions, slots = np.array([CONTEXT - 1], np.int32), np.array([int(table[-1]) * 16 + 15], np.int32)
+    qkv, out = random((1, width), "f32"), np.zeros((512, q_heads * head_dim), np.float32)
+    partial = np.zeros((CONTEXT // 256, q_heads * (head_dim + 2)), np.float32)
     bytes_ = key.nbytes + value.nbytes
+    dims = [1, 1, blocks, 1]
     got, limit = turns(
         rounds,
         lambda: (
-            bytes_ / machine.seconds("attention", [1, 1, blocks, 1], [q, key, value, positions, starts, table, out])
+            bytes_
+            / (
+                machine.seconds("split_attention", dims, [qkv, slots, key, value, positions, table, partial])
+                + machine.seconds("combine_splits", dims, [partial, positions, out])
+            )
         ),
         lambda: machine.bandwidth(key),
     )
-    print(f"attention decode at {context} {got / 1e9:7.1f} GB/s of {limit / 1e9:6.1f} read   {got / limit:4.0%}")
+    print(f"attention decode at {CONTEXT} {got / 1e9:7.1f} GB/s of {limit / 1e9:6.1f} read   {got / limit:4.0%}")
     tokens = 512
     positions, starts = np.arange(tokens, dtype=np.int32), np.array([0, tokens], np.int32)
-    q = random((tokens, q_heads * head_dim), "f32")
+    qkv = random((tokens, width), "f32")
     flops = 4 * q_heads * head_dim * tokens * (tokens + 1) // 2
+    dims = [tokens, 1, blocks, 1]
     got, limit = turns(
         rounds,
-        lambda: (
-            flops / machine.seconds("attention", [tokens, 1, blocks, 1], [q, key, value, positions, starts, table, out])
-        ),
+        lambda: flops / machine.seconds("attention", dims, [qkv, key, value, positions, starts, table, out]),
         machine.peak,
     )
     print(f"attention prefill of {tokens} {got / 1e9:7.1f} GFLOP/s of {limit / 1e9:6.1f} peak   {got / limit:4.0%}")

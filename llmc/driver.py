@@ -53,7 +53,7 @@ def compile_model(
         load = imported.weights.load
         package.require_space(imported.weights.bytes)
         kv_dtype = kv_dtype_of(options, imported)
-        backend = TvmBackend(target)
+        backend = TvmBackend(target, imported.info.max_sequence_length)
         with report.phase("passes"):
             step = run_passes(imported.graph, load, options, kv_dtype, quant, report)
             lowered = backend.lower(step)

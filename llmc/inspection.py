@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.backends.tvm.lower import lower
+from llmc.backends.tvm.lower_attention import entry_graph
 from llmc.entries import specialised
 from llmc.importers.hf import import_model
 from llmc.ir.errors import LlmcError, nearest
@@ -42,11 +43,14 @@ def inspect(source: Path, after: str | None = None, entry: str | None = None, fo
     else:
         made = read_manifest(source)["quantization"] if packaged else {"kv": "f16"}
         kv, quant = DType(made["kv"]), of_manifest(made)
-        graph = read_graph(source, "model") if packaged else import_model(source).graph
+        imported = None if packaged else import_model(source)
+        graph = imported.graph if imported else read_graph(source, "model")
         if after is not None:
             graph = run_until(graph, after, kv, quant)
-        elif entry is not None:
-            graph = dict(specialised(lower(step_pipeline(kv).run(graph)), Limits()))[entry]
+        elif entry is not None and imported:
+            longest = imported.info.max_sequence_length
+            lowered = lower(step_pipeline(kv).run(graph), longest)
+            graph = entry_graph(entry, dict(specialised(lowered, Limits()))[entry], longest)
     return str(graph) if form == "text" else to_dot(graph)
 
 

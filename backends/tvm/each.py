@@ -21,6 +21,7 @@ EACH_KINDS = frozenset(
         "packed_embedding",
         "quantized_embedding",
         "quantize_tiles",
+        "combine_splits",
         "rms_norm",
         "add_rms_norm",
         "layer_norm",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmc.backends.tvm.ops import DynamicRotaryTable, JointAttention, PackedEmbedding, PackedGatedLinear, PackedLinear
+from llmc.backends.tvm.lower_attention import lower_append, lower_attention
+from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
 from llmc.backends.tvm.tiled_ops import (
     AddLayerNormTiles,
@@ -26,7 +27,7 @@ from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
 from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.cache import QkvAppend
+from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
@@ -56,9 +57,12 @@ _TILES = (
 note the largest logit."""
 
 
-def lower(graph: Graph) -> Graph:
-    """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none."""
-    lowering = _Lowering(graph)
+def lower(graph: Graph, longest: int) -> Graph:
+    """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none.
+
+    A sequence has `longest` tokens at most.
+    """
+    lowering = _Lowering(graph, longest)
     return rewrite(graph.map(lowering.node), [_FuseIntoProducer(op) for op in _TILES]).graph
 
 
@@ -71,7 +75,8 @@ class _FuseIntoProducer(Fuse):
 
 
 class _Lowering:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, longest: int) -> None:
+        self.longest = longest
         self.packed: dict[tuple[str, Value], Value] = {}
         self.tiles: dict[Value, tuple[Value, ...]] = {}
         self.parameter_only = graph.parameter_only
@@ -111,9 +116,12 @@ class _Lowering:
             rows = inputs[1].type.shape[0]
             assert isinstance(rows, int)
             return self._emit(b, PackedEmbedding(rows), inputs[0], panels)
-        if isinstance(op, PagedAttention) and isinstance(inputs[0].op, QkvAppend) and inputs[0].index == 0:
-            joint = JointAttention(op.num_heads, op.num_kv_heads, op.head_dim, op.scale)
-            return self._emit(b, joint, inputs[0].node.inputs[0], *inputs[1:])
+        if isinstance(op, RopeAppend | QkvAppend):
+            return lower_append(b, op, inputs)
+        if isinstance(op, PagedAttention):
+            attention = lower_attention(b, op, inputs, self.longest)
+            if attention is not None:
+                return attention
         if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
             source = inputs[1].op
             table = DynamicRotaryTable(source.base, source.factor, source.max_positions, source.rotary_dim, op.scaling)

@@ -126,32 +126,6 @@ class PackedEmbedding(Op):
 
 
 @dataclass(frozen=True)
-class JointAttention(Op):
-    """`paged_attention` that reads its queries in place, out of the joint projection. Operands as there, with
-    qkv [tokens, (num_heads + 2 · num_kv_heads) · head_dim] for q; result [tokens, num_heads · head_dim]."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-
-    stage = "step"
-
-    def decompose(self, b: Emitter, *values: Value) -> Value:
-        qkv, *rest = values
-        q = b.slice(qkv, axis=1, start=0, stop=self.num_heads * self.head_dim)
-        result: Value = b.paged_attention(
-            q,
-            *rest,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            scale=self.scale,
-        )
-        return result
-
-
-@dataclass(frozen=True)
 class DynamicRotaryTable(Op):
     """`rotary_table` over `dynamic_frequencies`, in one. Operand: positions i32 [t]; results: cos, sin f32
     [t, rotary_dim / 2]."""

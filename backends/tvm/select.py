@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
-from llmc.backends.tvm.ops import (
-    DynamicRotaryTable,
-    JointAttention,
-    PackedEmbedding,
-    PackedGatedLinear,
-    PackedLinear,
-)
+from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention
+from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.tiled_ops import (
     AddLayerNormTiles,
     AddRmsNormTiles,
@@ -29,8 +24,6 @@ from llmc.backends.tvm.tiled_ops import (
     TiledLinearTiles,
 )
 from llmc.ir.op import Node, Op, Value
-from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Mul, MulScalar
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
@@ -268,57 +261,45 @@ def _dynamic_rotary_table(op: DynamicRotaryTable, node: Node) -> Selected:
     return Selected(spec, (*node.inputs, *node.results))
 
 
-@_kernel(RopeAppend)
-def _rope_append(op: RopeAppend, node: Node) -> Selected:
-    qkv, cos, sin, slots, key, value = node.inputs
-    spec = KernelSpec.of(
-        "rope_append",
+@_kernel(AppendKeys)
+def _append(op: AppendKeys, node: Node) -> Selected:
+    return Selected(_attention("append", op, node, op.leading + 1), node.inputs)
+
+
+@_kernel(RotatedAttention)
+def _rotated_attention(op: RotatedAttention, node: Node) -> Selected:
+    spec = _attention("attention", op, node, op.leading, scale=op.scale, split=op.split)
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(SplitAttention)
+def _split_attention(op: SplitAttention, node: Node) -> Selected:
+    spec = _attention("split_attention", op, node, op.leading + 1, scale=op.scale, split=op.split, splits=op.splits)
+    return Selected(spec, (*node.inputs, node.results[0]))
+
+
+@_kernel(CombineSplits)
+def _combine_splits(op: CombineSplits, node: Node) -> Selected:
+    splits = node.inputs[0].type.shape[1]
+    assert isinstance(splits, int)
+    spec = KernelSpec.of("combine_splits", q_heads=op.num_heads, head_dim=op.head_dim, split=op.split, splits=splits)
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+def _attention(
+    kind: str, op: AppendKeys | RotatedAttention | SplitAttention, node: Node, key: int, **parameters: float
+) -> KernelSpec:
+    """`key`: which operand the state of keys is."""
+    return KernelSpec.of(
+        kind,
         q_heads=op.num_heads,
         kv_heads=op.num_kv_heads,
         head_dim=op.head_dim,
         rot_dim=op.rotary_dim,
         layout=op.layout,
-        kv_dtype=key.type.dtype.value,
+        kv_dtype=node.inputs[key].type.dtype.value,
+        **parameters,
     )
-    return Selected(spec, (qkv, cos, sin, slots, key, value, node.results[0]))
-
-
-@_kernel(QkvAppend)
-def _append(op: QkvAppend, node: Node) -> Selected:
-    """The queries stay where they are: `JointAttention` reads them there."""
-    qkv, slots, key, value = node.inputs
-    spec = KernelSpec.of(
-        "append",
-        q_heads=op.num_heads,
-        kv_heads=op.num_kv_heads,
-        head_dim=op.head_dim,
-        kv_dtype=key.type.dtype.value,
-    )
-    return Selected(spec, (qkv, slots, key, value))
-
-
-@_kernel(PagedAttention)
-def _paged_attention(op: PagedAttention, node: Node) -> Selected:
-    return _attention(op, node)
-
-
-@_kernel(JointAttention)
-def _joint_attention(op: JointAttention, node: Node) -> Selected:
-    return _attention(op, node)
-
-
-def _attention(op: PagedAttention | JointAttention, node: Node) -> Selected:
-    q, key, value, positions, query_start, tables = node.inputs
-    spec = KernelSpec.of(
-        "paged_attention",
-        q_heads=op.num_heads,
-        kv_heads=op.num_kv_heads,
-        head_dim=op.head_dim,
-        scale=op.scale,
-        kv_dtype=key.type.dtype.value,
-        query_stride=_width(q.type),
-    )
-    return Selected(spec, (q, key, value, positions, query_start, tables, *node.results))
 
 
 @_kernel(GatherRows)

@@ -28,16 +28,16 @@ DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype
 POISON = 0xFF  # all ones are a NaN in every float type, and -1 in integers
 
 V3 = ISAS["x86-64-v3"]
-_FLAGS = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+FLAGS = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
 needs_v3 = pytest.mark.skipif(
-    not {"avx2", "fma", "f16c"} <= _FLAGS, reason="needs AVX2, FMA and F16C: this processor has not all of them"
+    not {"avx2", "fma", "f16c"} <= FLAGS, reason="needs AVX2, FMA and F16C: this processor has not all of them"
 )
 
 
 def runs_here(isa: Isa) -> bool:
     """Whether this processor has what an instruction set's kernels use."""
     variant = CPU_VARIANTS[isa.name]
-    return variant.machine == platform.machine() and set(variant.requires) <= _FLAGS
+    return variant.machine == platform.machine() and set(variant.requires) <= FLAGS
 
 
 _libc = ctypes.CDLL(None)

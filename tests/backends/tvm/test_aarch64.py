@@ -98,7 +98,7 @@ def test_the_library_is_linked_by_a_cross_compiler_or_refused(tmp_path: Path, mo
         assert machine((tmp_path / "out.so").read_bytes()) == EM_AARCH64
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LlmcError, match=rf"{GCC}' was not found: install it \(.*apt install gcc-aarch64-linux-gnu\)"):
-        TvmBackend(parse_target("cpu:aarch64", frozenset()))
+        TvmBackend(parse_target("cpu:aarch64", frozenset()), longest=64)
 
 
 def test_machines_are_not_mixed() -> None:

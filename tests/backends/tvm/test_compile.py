@@ -13,7 +13,7 @@ import pytest
 
 from llmc.backends.tvm.compile import compile_kernel, link
 from llmc.backends.tvm.isa import ISAS
-from llmc.backends.tvm.kernels import attention, cache, elementwise, embedding, linear, norm, rotary, rows
+from llmc.backends.tvm.kernels import attention, cache, decode, elementwise, embedding, linear, norm, rotary, rows
 from llmc.ir.errors import LlmcError
 from tests.fixtures import REPOSITORY
 
@@ -28,9 +28,11 @@ ALL: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (linear.gated_linear, {"rows_dim": 0, "n": 50, "k": 40, "weight_dtype": "f16", "activation": "silu"}),
     (rotary.rotary_table, {"rot_dim": 20}),
     (rotary.dynamic_rotary_table, {"rot_dim": 20, "base": 1e4, "factor": 2.0, "max_position_embeddings": 64}),
-    (cache.rope_append, {**HEADS, "rot_dim": 20, "layout": "half"}),
+    (cache.append, {**HEADS, "rot_dim": 20, "layout": "half"}),
     (cache.append, {**HEADS, "kv_dtype": "bf16"}),
-    (attention.paged_attention, {**HEADS, "scale": 0.2}),
+    (attention.attention, {**HEADS, "scale": 0.2, "rot_dim": 20}),
+    (decode.split_attention, {**HEADS, "scale": 0.2, "splits": 3}),
+    (decode.combine_splits, {"q_heads": 6, "head_dim": 20, "splits": 3}),
     (rows.gather_rows, {"width": 20}),
     (rows.argmax, {"n": 50}),
     (elementwise.add, {"rows_dim": 0, "width": 20}),

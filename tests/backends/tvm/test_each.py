@@ -14,6 +14,7 @@ from llmc.backends.base import KernelSpec, Launch
 from llmc.backends.tvm import each
 from llmc.backends.tvm.each import EACH_ELEMENTS, EACH_KINDS, each_tokens, place
 from llmc.backends.tvm.lower import lower
+from llmc.backends.tvm.lower_attention import entry_graph
 from llmc.backends.tvm.plan import plan_entry
 from llmc.entries import specialised
 from llmc.ir.graph import Graph, StateInput
@@ -114,8 +115,12 @@ def test_a_shared_value_lives_until_the_barrier_after_its_last_reader(monkeypatc
         check(launches, sizes)
 
 
+LONGEST = 64
+
+
 def entries(model: Graph) -> dict[str, Graph]:
-    return dict(specialised(lower(step_pipeline(DType.F16).run(model)), Limits()))
+    lowered = lower(step_pipeline(DType.F16).run(model), LONGEST)
+    return {name: entry_graph(name, g, LONGEST) for name, g in specialised(lowered, Limits())}
 
 
 @pytest.mark.parametrize("model", [rotary_model, learned_model])

@@ -1,0 +1,152 @@
+"""The products of attention, for a tile of rows in registers: queries with keys, weights with values."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tvm.script import tirx as T
+
+from llmc.backends.tvm.kernels.cache import BLOCK
+from llmc.backends.tvm.kernels.vector import at, decode, f32, fma, load, splat
+from llmc.backends.tvm.splits import SEGMENT
+
+COLUMNS = SEGMENT + BLOCK
+"""The distance of two rows of scores: not a power of two, whose rows would meet in few sets of the cache."""
+
+
+def rows_at_most(isa):
+    """Rows of one tile: with two vectors a row, as many sums as registers hold beside the operands."""
+    return 12 if isa.lanes == 16 else 6
+
+
+def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
+    """`scores` and `values` of the rows low..low + rows of a unit (see `segment`)."""
+    L, VK = isa.lanes, BLOCK // isa.lanes
+    registers = 32 if isa.lanes == 16 else 16
+    whole, tail = head_dim // L, head_dim % L
+
+    def blocks_at_once(rows):
+        """A power of two: with its keys, a broadcast and the sums of all rows it fits into the registers."""
+        width = 1
+        while (rows + 1) * 2 * width * VK < registers:
+            width *= 2
+        return width
+
+    @T.inline
+    def scores(Q, K, B, W, table, blocks, head, low, rows):
+        """W = scale · q · keys of `blocks` blocks, whose ids begin at B[table]. Several are taken at once; where none
+        is left the last is taken again."""
+        N = T.meta_var(blocks_at_once(rows))
+        acc = T.alloc_buffer((rows * N * BLOCK,), "float32", scope="local")
+        keys = T.alloc_buffer((N * BLOCK,), "float32", scope="local")
+        base = T.alloc_buffer((N,), "int64", scope="local")
+        for n in T.serial(T.truncdiv(blocks + N - 1, N)):
+            for i in T.unroll(rows * N * VK):
+                acc[at(i * L, L)] = f32(0.0, L)
+            for b in T.unroll(N):
+                block: T.let = T.Cast("int64", B[table + T.min(n * N + b, blocks - 1)])
+                base[b] = (block * kv_heads + head) * T.int64(head_dim * BLOCK)
+            for d in T.serial(head_dim):
+                for i in T.unroll(N * VK):
+                    keys[at(i * L, L)] = decode(
+                        load(K, base[i // VK] + T.Cast("int64", d * BLOCK + i % VK * L), L), kv_dtype, L
+                    )
+                for r in T.unroll(rows):
+                    x: T.let = splat(Q[(low + r) * head_dim + d], L)
+                    for i in T.unroll(N * VK):
+                        acc[at((r * N * VK + i) * L, L)] = fma(
+                            x, load(keys, i * L, L), acc[at((r * N * VK + i) * L, L)]
+                        )
+            for r in T.unroll(rows):
+                for i in T.unroll(N * VK):
+                    W[at((low + r) * COLUMNS + n * N * BLOCK + i * L, L)] = acc[at((r * N * VK + i) * L, L)] * f32(
+                        scale, L
+                    )
+
+    @T.inline
+    def column_values(V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, lanes, C, first, rows):
+        acc = T.alloc_buffer((rows * C * lanes,), "float32", scope="local")
+        of_key = T.alloc_buffer((C * lanes,), "float32", scope="local")
+        for i in T.unroll(rows * C):
+            acc[at(i * lanes, lanes)] = f32(0.0, lanes)
+        common: T.let = T.max(0, T.min(SEGMENT, position + T.truncdiv(low, group) + 1 - start))
+        for b in T.serial(T.truncdiv(common + BLOCK - 1, BLOCK)):
+            base: T.let = (T.Cast("int64", B[table + b]) * kv_heads + head) * T.int64(head_dim * BLOCK)
+            for j in T.serial(T.min(BLOCK, common - b * BLOCK)):
+                for c in T.unroll(C):
+                    of_key[at(c * lanes, lanes)] = decode(
+                        load(V, base + T.Cast("int64", j * head_dim + first + c * lanes), lanes), kv_dtype, lanes
+                    )
+                for r in T.unroll(rows):
+                    weight: T.let = splat(W[(low + r) * COLUMNS + b * BLOCK + j], lanes)
+                    for c in T.unroll(C):
+                        acc[at((r * C + c) * lanes, lanes)] = fma(
+                            weight, load(of_key, c * lanes, lanes), acc[at((r * C + c) * lanes, lanes)]
+                        )
+        for r in T.unroll(rows):
+            # Later tokens of the tile see a few keys more.
+            more: T.let = T.max(0, T.min(SEGMENT, position + T.truncdiv(low + r, group) + 1 - start))
+            if T.And(low + r < here, more > 0):
+                for e in T.serial(more - common):
+                    key: T.let = common + e
+                    row: T.let = (
+                        (T.Cast("int64", B[table + T.truncdiv(key, BLOCK)]) * kv_heads + head) * T.int64(BLOCK)
+                        + T.Cast("int64", T.truncmod(key, BLOCK))
+                    ) * T.int64(head_dim)
+                    for c in T.unroll(C):
+                        v: T.let = decode(load(V, row + T.Cast("int64", first + c * lanes), lanes), kv_dtype, lanes)
+                        acc[at((r * C + c) * lanes, lanes)] = fma(
+                            splat(W[(low + r) * COLUMNS + key], lanes), v, acc[at((r * C + c) * lanes, lanes)]
+                        )
+                for c in T.unroll(C):
+                    y: T.let = (low + r) * head_dim + first + c * lanes
+                    if fresh:
+                        Y[at(y, lanes)] = acc[at((r * C + c) * lanes, lanes)]
+                    else:
+                        Y[at(y, lanes)] = fma(
+                            acc[at((r * C + c) * lanes, lanes)],
+                            splat(A[3 * stride + low + r], lanes),
+                            load(Y, y, lanes) * splat(A[2 * stride + low + r], lanes),
+                        )
+
+    @T.inline
+    def values(V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, rows):
+        """Folds the segment's weighted values into Y, by the factors in A [6, stride]. `start` is its first key's
+        position, B[table] its first block; the unit has `here` rows."""
+        C = T.meta_var(_columns(whole, (registers - 1) // (rows + 1)))
+        for i in T.serial(whole // C):
+            column_values(
+                V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, L, C, i * (C * L), rows
+            )
+        if whole % C > 0:
+            column_values(
+                V,
+                B,
+                W,
+                Y,
+                A,
+                stride,
+                table,
+                head,
+                start,
+                position,
+                fresh,
+                here,
+                low,
+                L,
+                whole % C,
+                whole // C * C * L,
+                rows,
+            )
+        for i in T.serial(tail):
+            column_values(
+                V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, 1, 1, whole * L + i, rows
+            )
+
+    return SimpleNamespace(scores=scores, values=values)
+
+
+def _columns(whole, most):
+    """Vectors of a head that are summed at once: `most` or fewer, in as equal parts as can be."""
+    parts = -(-whole // max(1, most))
+    return max(1, -(-whole // max(1, parts)))
