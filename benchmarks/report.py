@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 _console = Console(highlight=False, soft_wrap=True)
+if not _console.is_terminal:
+    _console.width = 120
 MUCH = 0.05
 """Cores in use by others from which on a line is marked."""
 
@@ -41,10 +43,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(name)
     for name in (
         "tokens/s",
-        "llmc is faster by",
+        "llmc faster by",
         "quartiles",
         "GB/s",
-        "of a plain read",
+        "of read",
         "plain read",
         "others' cores",
     ):

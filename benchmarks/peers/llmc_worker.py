@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from benchmarks.protocol import serve
 from llmc import __version__
 from llmc.packages import open_package
+
+PROBES = 5
 
 
 class Package:
@@ -75,8 +78,9 @@ class Package:
         return seconds
 
     def probe(self) -> float:
-        """Bytes per second at which all threads read all weights once."""
-        return float(self._executor.library.read_bandwidth(self._executor.weights))
+        """Bytes per second at which all threads read all weights once, the median of several times."""
+        read, weights = self._executor.library.read_bandwidth, self._executor.weights
+        return statistics.median(read(weights) for _ in range(PROBES))
 
 
 if __name__ == "__main__":
