@@ -10,15 +10,16 @@ class Isa:
     """One instruction set.
 
     `lanes`: f32 elements of a vector register (divides 16). `row_tile`: rows of activations that a float matrix kernel
-    keeps in registers at once; `code_tile`: the same for quantized ones. `dot`: how four bytes are multiplied with four
-    and added, see `kernels.dot`. `mcpu` and `features` are LLVM's, `gcc_flags` select the same for the C runtime.
-    `machine`: as `uname -m` says.
+    keeps in registers at once; `code_tile`: the same for quantized ones, and `pair_tile` where they take two panels at
+    once (0: never). `dot`: how four bytes are multiplied with four and added, see `kernels.dot`. `mcpu` and `features`
+    are LLVM's, `gcc_flags` select the same for the C runtime. `machine`: as `uname -m` says.
     """
 
     name: str
     lanes: int
     row_tile: int
     code_tile: int
+    pair_tile: int
     dot: str
     mcpu: str
     features: tuple[str, ...]
@@ -40,14 +41,15 @@ _VNNI, _VNNI_GCC = (_WIDE, "+avx512vnni"), (*_V4, "-mavx512vnni")
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86-64-v3", 8, 6, 3, "maddubs", "x86-64-v3", (), ("-march=x86-64-v3",)),
-        Isa("x86-64-v4", 16, 12, 8, "maddubs", "x86-64-v4", (_WIDE,), _V4),
-        Isa("avx512-vnni", 16, 12, 12, "dpbusd", "x86-64-v4", _VNNI, _VNNI_GCC),
+        Isa("x86-64-v3", 8, 6, 3, 0, "maddubs", "x86-64-v3", (), ("-march=x86-64-v3",)),
+        Isa("x86-64-v4", 16, 12, 8, 4, "maddubs", "x86-64-v4", (_WIDE,), _V4),
+        Isa("avx512-vnni", 16, 12, 12, 6, "dpbusd", "x86-64-v4", _VNNI, _VNNI_GCC),
         Isa(
             "aarch64",
             4,
             4,
             2,
+            0,
             "sdot",
             "generic",
             ("+neon", "+fullfp16", "+dotprod"),

@@ -69,60 +69,68 @@ def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, 
     dot = dot_of(isa, bits)
     panels = -(-n // columns)
     groups = -(-k // GROUP)
-    row_tile = isa.code_tile
+    row_tile, pair_tile = isa.code_tile, isa.pair_tile
     per_byte = 8 // bits
     stored = WORDS // per_byte  # vectors of codes of a panel's group, times V
 
     @T.inline
-    def sums(X, XS, XO, W, WS, S, rows, row, panel, R):
-        """S[R, 16] = rows row..row+R of x times the rows of w in a panel."""
-        acc = T.alloc_buffer((R * PANEL,), "float32", scope="local")
-        running = T.alloc_buffer((R * V * dot.width,), dot.kind, scope="local")
-        codes = T.alloc_buffer((per_byte * PANEL * 4,), "uint8", scope="local")
-        total = T.alloc_buffer((R * L,), "int32", scope="local")
-        for i in T.unroll(R * V):
+    def sums(X, XS, XO, W, WS, S, rows, row, panel, R, P):
+        """S[R, P, 16] = rows row..row+R of x times the rows of w in panels panel..panel+P."""
+        acc = T.alloc_buffer((R * P * PANEL,), "float32", scope="local")
+        running = T.alloc_buffer((R * P * V * dot.width,), dot.kind, scope="local")
+        codes = T.alloc_buffer((per_byte * P * PANEL * 4,), "uint8", scope="local")
+        scales = T.alloc_buffer((P * PANEL,), "float32", scope="local")
+        offset = T.alloc_buffer((R * L,), "int32", scope="local")
+        for i in T.unroll(R * P * V):
             acc[at(i * L, L)] = f32(0.0, L)
         weights: T.let = T.Cast("int64", panel) * T.int64(groups * stored * 64)
         for g in T.serial(groups):
             for r in T.unroll(R):
-                total[at(r * L, L)] = splat(XO[g * rows + row + r], L)
-                for i in T.unroll(V):
-                    running[at((r * V + i) * dot.width, dot.width)] = dot.start(load(total, r * L, L))
+                offset[at(r * L, L)] = splat(XO[g * rows + row + r], L)
+                for i in T.unroll(P * V):
+                    running[at((r * P * V + i) * dot.width, dot.width)] = dot.start(load(offset, r * L, L))
+            for p in T.unroll(P):
+                for j in T.unroll(stored):
+                    place: T.let = T.Cast("int64", ((p * groups + g) * stored + j) * 64 + PREFETCH)
+                    prefetch(W, weights + place)
             for j in T.unroll(stored):
-                prefetch(W, weights + T.Cast("int64", g * (stored * 64) + j * 64 + PREFETCH))
-            for j in T.unroll(stored):
-                for i in T.unroll(V):
-                    place: T.let = weights + T.Cast("int64", g * (stored * 64) + j * 64 + i * (4 * L))
-                    _split(codes, load(W, place, 4 * L), bits, i, V, 4 * L)
-                for r in T.unroll(R):
-                    for h in T.unroll(per_byte):
+                for i in T.unroll(P * V):
+                    place: T.let = T.Cast("int64", ((i // V * groups + g) * stored + j) * 64 + i % V * (4 * L))
+                    _split(codes, load(W, weights + place, 4 * L), bits, i, P * V, 4 * L)
+                for h in T.unroll(per_byte):
+                    for r in T.unroll(R):
                         word: T.let = splat(X[(g * rows + row + r) * WORDS + j * per_byte + h], L)
-                        for i in T.unroll(V):
-                            running[at((r * V + i) * dot.width, dot.width)] = dot.step(
-                                load(running, (r * V + i) * dot.width, dot.width),
-                                load(codes, (h * V + i) * 4 * L, 4 * L),
+                        for i in T.unroll(P * V):
+                            running[at((r * P * V + i) * dot.width, dot.width)] = dot.step(
+                                load(running, (r * P * V + i) * dot.width, dot.width),
+                                load(codes, (h * P * V + i) * 4 * L, 4 * L),
                                 word,
                             )
-            for i in T.unroll(V):
-                place: T.let = T.Cast("int64", panel) * T.int64(groups * PANEL) + T.Cast("int64", g * PANEL + i * L)
-                scale: T.let = T.Cast(wide("float32", L), load(WS, place, L))
-                for r in T.unroll(R):
+            for i in T.unroll(P * V):
+                place: T.let = T.Cast("int64", panel) * T.int64(groups * PANEL) + T.Cast(
+                    "int64", (i // V * groups + g) * PANEL + i % V * L
+                )
+                scales[at(i * L, L)] = T.Cast(wide("float32", L), load(WS, place, L))
+            for r in T.unroll(R):
+                for i in T.unroll(P * V):
                     whole = T.meta_var(
-                        dot.finish(load(running, (r * V + i) * dot.width, dot.width), load(total, r * L, L))
+                        dot.finish(load(running, (r * P * V + i) * dot.width, dot.width), load(offset, r * L, L))
                     )
-                    acc[at((r * V + i) * L, L)] = fma(
+                    acc[at((r * P * V + i) * L, L)] = fma(
                         T.Cast(wide("float32", L), whole),
-                        scale * splat(XS[g * rows + row + r], L),
-                        acc[at((r * V + i) * L, L)],
+                        load(scales, i * L, L) * splat(XS[g * rows + row + r], L),
+                        acc[at((r * P * V + i) * L, L)],
                     )
-        for i in T.unroll(R * V):
+        for i in T.unroll(R * P * V):
             S[at(i * L, L)] = acc[at(i * L, L)]
 
-    def sums_of(here, *where):
-        """`sums` of as many rows as `here` says: one unrolled copy for each height of a tile."""
-        for height in range(1, row_tile + 1):
-            with T.If(here == height), T.Then():
-                sums(*where, height)
+    def sums_of(here, count, *where):
+        """`sums` of as many rows as `here` and as many panels as `count` says: an unrolled copy for each."""
+        # More than `2 · row_tile` rows in tiles of nearly equal height leave none that is much lower than the rest.
+        for abreast, least, most in ((1, 1, row_tile), (2, pair_tile - 1, pair_tile)):
+            for height in range(max(least, 1), most + 1):
+                with T.If(T.And(here == height, count == abreast)), T.Then():
+                    sums(*where, height, abreast)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -155,38 +163,51 @@ def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, 
         YS = T.decl_buffer((1,), "float32", data=ys)
         YO = T.decl_buffer((1,), "int32", data=yo)
         K = T.decl_buffer((1,), "int64", data=keys)
-        S = T.alloc_buffer((row_tile * PANEL,), "float32", scope="local")
+        S = T.alloc_buffer((max(row_tile, 2 * pair_tile) * PANEL,), "float32", scope="local")
         Z = T.alloc_buffer((row_tile * GROUP if quantized else 1,), "float32", scope="local")
         destination = T.meta_var(Z if quantized else Y)
         rows: T.let = D[rows_dim]
+        # Many rows: two panels at once, so that a word of activations is fetched once for both.
+        many: T.let = T.And(rows > 2 * row_tile, pair_tile > 0)
         abreast = T.meta_var(GROUP // columns if quantized else T.Select(rows > row_tile, PANEL_CHUNK, 1))
         chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
         units: T.let = T.truncdiv(panels + abreast - 1, abreast) * chunks
         begin: T.let = share(task, tasks, units)
         for u in T.serial(share(task + 1, tasks, units) - begin):
             first: T.let = T.truncdiv(begin + u, chunks) * abreast
+            end: T.let = T.min(panels, first + abreast)
             chunk: T.let = T.truncmod(begin + u, chunks)
             top: T.let = share(chunk, chunks, rows)
             height: T.let = share(chunk + 1, chunks, rows) - top
-            tiles: T.let = T.truncdiv(height + row_tile - 1, row_tile)
+            high: T.let = T.Select(many, pair_tile, row_tile)
+            tiles: T.let = T.truncdiv(height + high - 1, high)
             for t in T.serial(tiles):
                 # Tiles of nearly equal height: 13 rows are 6 + 7, not 12 + 1.
                 row: T.let = top + share(t, tiles, height)
                 here: T.let = top + share(t + 1, tiles, height) - row
-                for p in T.serial(T.min(abreast, panels - first)):
-                    sums_of(here, X, XS, XO, W, WS, S, rows, row, first + p)
-                    for i in T.serial(here):
+                for p in T.serial(T.Select(many, T.truncdiv(end - first + 1, 2), end - first)):
+                    panel: T.let = first + p * T.Select(many, 2, 1)
+                    count: T.let = T.Select(T.And(many, panel + 1 < end), 2, 1)
+                    sums_of(here, count, X, XS, XO, W, WS, S, rows, row, panel)
+                    for i in T.serial(here * count):
+                        r: T.let = T.truncdiv(i, count)
+                        column: T.let = (panel + T.truncmod(i, count)) * columns
                         place = T.meta_var(
-                            i * GROUP + p * columns if quantized else (row + i) * n + (first + p) * columns
+                            r * GROUP + column - first * columns if quantized else (row + r) * n + column
                         )
-                        store_panel(result, S, i * PANEL, row + i, first + p, B, R, destination, place, n, columns, L)
+                        which: T.let = panel + T.truncmod(i, count)
+                        store_panel(result, S, i * PANEL, row + r, which, B, R, destination, place, n, columns, L)
                         if best:
                             # The sums' place takes the outputs; columns that are not there are NaN, which never wins.
-                            for c in T.serial(PANEL):
-                                S[i * PANEL + c] = T.if_then_else(
-                                    (first + p) * PANEL + c < n, Y[place + c], T.reinterpret("float32", T.int32(-1))
-                                )
-                            K[(row + i) * panels + first + p] = best_key(S, i * PANEL, (first + p) * PANEL, L)
+                            if column + PANEL <= n:
+                                for c in T.serial(V):
+                                    S[at(i * PANEL + c * L, L)] = load(Y, place + c * L, L)
+                            else:
+                                for c in T.serial(PANEL):
+                                    S[i * PANEL + c] = T.if_then_else(
+                                        column + c < n, Y[place + c], T.reinterpret("float32", T.int32(-1))
+                                    )
+                            K[(row + r) * panels + which] = best_key(S, i * PANEL, column, L)
                 if quantized:
                     for i in T.serial(here):
                         for c in T.serial(T.max(0, first * columns + GROUP - n)):

@@ -178,6 +178,21 @@ def test_quantized_linear(
 
 
 @every_isa
+def test_every_number_of_rows(isa: Isa) -> None:
+    """Tiles of one panel and of two, odd numbers of panels, several chunks of rows."""
+    rng = np.random.default_rng(0)
+    x, weight = quantized(rng.standard_normal((200, 32)).astype(np.float32)), Weight(34, 32, 4, rng)
+    kernel = Kernel(quantized_linear, isa, rows_dim=0, n=34, k=32, bits=4)
+    expected = Guarded((200, 34), np.float32)
+    kernel([200], [*x.inputs, *weight.packed, expected])
+    assert_as_good_as(expected.array, product(x, weight, np.float32), product(x, weight, np.float64))
+    for rows in range(1, 200):
+        y = Guarded((rows, 34), np.float32)
+        kernel([rows], [*x.rows(slice(0, rows)), *weight.packed, y], tasks=2)
+        assert same_bits(y.array, expected.array[:rows]), rows
+
+
+@every_isa
 @settings(max_examples=3)
 @given(
     n=st.integers(1, 70),
@@ -242,12 +257,15 @@ def test_norms_quantize_what_they_make(isa: Isa, maker: Any, hidden: int) -> Non
 
 @every_isa
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("hidden", [64, 60])
+@pytest.mark.parametrize("hidden", [64, 61])
 def test_quantized_embedding(isa: Isa, bits: int, hidden: int) -> None:
     table = Weight(50, hidden, bits, np.random.default_rng(0))
     ids = np.array([0, 49, 17, 16, -1, 50], np.int32)
+    codes, scales = table.packed
     y = Guarded((6, hidden), np.float32)
-    Kernel(quantized_embedding, isa, vocab=50, hidden=hidden, bits=bits)([6], [ids, *table.packed, y], tasks=2)
+    Kernel(quantized_embedding, isa, vocab=50, hidden=hidden, bits=bits)(
+        [6], [ids, codes.view(np.int32), scales, y], tasks=2
+    )
     rows = (table.groups.astype(np.float32) * table.scales.astype(np.float32)[:, :, None]).reshape(50, -1)
     assert same_bits(y.array, rows[np.clip(ids, 0, 49), :hidden])
 
