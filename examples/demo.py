@@ -32,7 +32,7 @@ def run(shown: str, command: list[str], folder: Path = REPOSITORY) -> None:
 def main() -> None:
     """Compile, run, import."""
     for arguments in (
-        ["compile", "examples/picocode", "-o", "out/picocode", "--force"],
+        ["compile", "examples/picocode", "-o", "out/picocode", "--quant", "q4", "--force"],
         ["run", "out/picocode", "-p", PROMPT, "-n", "48"],
         ["verify", "out/picocode", "--against", "examples/picocode"],
         ["bench", "out/picocode", "--prefill", "256", "--decode", "128"],
