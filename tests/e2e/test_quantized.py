@@ -29,8 +29,10 @@ def test_logits_are_those_of_the_dequantized_model(format: str, load: Load) -> N
     model = load(PICOCODE, quant=format, kv_quant="f32")
     exact, plain = (QuantizedLlama(PICOCODE, format, dtype) for dtype in (np.float64, np.float32))
     prompts = [case["prompt_ids"] for case in recorded(PICOCODE)["cases"]]
-    logits = [np.concatenate([f(p) for p in prompts]) for f in (model.logits, plain.logits, exact.logits)]
-    assert_as_good_as(*logits, f"logits of {format}")
+    given, naive, truth = (
+        np.concatenate([logits(p) for p in prompts]) for logits in (model.logits, plain.logits, exact.logits)
+    )
+    assert_as_good_as(given, naive, truth, f"logits of {format}")
 
 
 @pytest.mark.parametrize(("format", "largest"), [("q8", 0.002), ("q4", 0.025)])
