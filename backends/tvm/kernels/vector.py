@@ -11,6 +11,12 @@ from tvm.script import tirx as T
 STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 """The dtype that a kernel's buffer of weights or KV has. LLVM's bf16 is avoided: its conversions are library calls."""
 
+BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+"""Of one stored element."""
+
+LINE = 64
+"""Bytes of a cache line."""
+
 
 def wide(dtype, lanes):
     """The name of a vector type, or of the scalar."""
@@ -72,6 +78,12 @@ def let(value):
 def intrinsic(name, *arguments, dtype):
     """A pure LLVM intrinsic."""
     return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *arguments, dtype=dtype)
+
+
+def prefetch(buffer, index):
+    """Asks for the cache line of an element; the index may be any."""
+    zero, nearest, data = (tirx.IntImm("int32", n) for n in (0, 3, 1))
+    return T.evaluate(T.call_intrin("void", "tirx.prefetch", T.address_of(buffer[index]), zero, nearest, data))
 
 
 def fma(a, b, c):
