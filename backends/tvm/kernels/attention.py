@@ -95,7 +95,7 @@ def attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, rot_
                     start: T.let = g * SEGMENT
                     fresh: T.let = T.truncmod(start, split) == 0 if splits else start == 0
                     table: T.let = s * D[2] + g * (SEGMENT // BLOCK)
-                    part.run(Q, K, V, B, W, Y, A, table, head, start, last, position, count * G, fresh)
+                    part.run(Q, K, V, B, W, Y, A, table, head, start, last, position, count * G, fresh, before)
                     if splits:  # noqa: SIM102 (decided while the kernel is made)
                         if T.Or(start + SEGMENT > last, T.truncmod(start + SEGMENT, split) == 0):
                             begin: T.let = start - T.truncmod(start, split)

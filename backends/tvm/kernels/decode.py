@@ -34,7 +34,7 @@ def split_attention(
     stride = q_heads * (head_dim + 2)
     storage = STORAGE[kv_dtype]
     heads = {"kv_heads": kv_heads, "head_dim": head_dim, "kv_dtype": kv_dtype}
-    part = segment(isa, group=G, tokens=1, scale=scale, **heads)
+    part = segment(isa, group=G, tokens=1, scale=scale, ahead=True, **heads)
     rotate = rotation(isa, head_dim=head_dim, rot_dim=rot_dim, layout=layout)
     write = writer(isa, q_heads=q_heads, rot_dim=rot_dim, layout=layout, **heads)
     rows = part.rows
@@ -69,6 +69,7 @@ def split_attention(
         Y = T.alloc_buffer((rows * head_dim,), "float32", scope="local")
         A = T.alloc_buffer((rows * 6,), "float32", scope="local")
         H = T.alloc_buffer((head_dim,), "float32", scope="local")
+        next_ = T.alloc_buffer((3,), "int32", scope="local")
         keys = T.alloc_buffer((1,), "int64", scope="local")  # of all tokens, then of those before this one
         keys[0] = T.int64(0)
         for t in T.serial(D[0]):
@@ -98,7 +99,14 @@ def split_attention(
                     for g in T.serial(T.truncdiv(size + SEGMENT - 1, SEGMENT)):
                         start: T.let = begin + g * SEGMENT
                         table: T.let = t * D[2] + T.truncdiv(start, BLOCK)
-                        part.run(Q, K, V, B, W, Y, A, table, head, start, begin + size - 1, length - 1, G, g == 0)
+                        same: T.let = start + SEGMENT < begin + size
+                        following: T.let = T.min(u + 1, pieces * kv_heads - 1)
+                        first: T.let = T.Select(same, start + SEGMENT, T.truncdiv(following, kv_heads) * split)
+                        next_[0] = t * D[2] + T.truncdiv(first, BLOCK)
+                        next_[1] = T.min(SEGMENT // BLOCK, T.truncdiv(length - 1 - first, BLOCK) + 1)
+                        next_[2] = T.Select(same, head, T.truncmod(following, kv_heads))
+                        last: T.let = begin + size - 1
+                        part.run(Q, K, V, B, W, Y, A, table, head, start, last, length - 1, G, g == 0, next_)
                     row: T.let = (T.Cast("int64", t) * T.int64(splits) + T.Cast("int64", piece)) * T.int64(stride)
                     y: T.let = row + T.Cast("int64", head * (G * head_dim))
                     for i in T.serial(G * head_dim // L):

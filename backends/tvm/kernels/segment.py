@@ -39,7 +39,7 @@ def tiling(isa, group, tokens):
     return [(0, group * t) for t in sorted({1, (tokens + 1) // 2, tokens})]
 
 
-def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype):
+def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=False):
     """`run` and what else units are made of; `rows` is how many a unit has at most, in whole vectors.
 
     Q f32 [rows, head_dim] queries; K and V the states; B block tables; W f32 [rows, COLUMNS] scores, then weights;
@@ -48,7 +48,7 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype):
     """
     L = isa.lanes
     tiles = tiling(isa, group, tokens)
-    product = tile(isa, group=group, kv_heads=kv_heads, head_dim=head_dim, scale=scale, kv_dtype=kv_dtype)
+    product = tile(isa, group=group, kv_heads=kv_heads, head_dim=head_dim, scale=scale, kv_dtype=kv_dtype, ahead=ahead)
     rows = -(-max(low + height for low, height in tiles) // 16) * 16
 
     def for_tiles(here, inline, *where):
@@ -101,16 +101,17 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype):
                 A[at(rows + v * L, L)] = T.Select(at(v * L, L) >= splat(first_row, L), sum_, total)
 
     @T.inline
-    def run(Q, K, V, B, W, Y, A, table, head, start, last, position, here, fresh):
+    def run(Q, K, V, B, W, Y, A, table, head, start, last, position, here, fresh, next_):
         """The segment whose first key has position `start`, for a unit of `here` rows whose tokens have the positions
-        `position` to `last`. B[table] is the segment's first block. `fresh`: nothing was folded into Y yet."""
+        `position` to `last`. B[table] is the segment's first block. `fresh`: nothing was folded into Y yet.
+        `next_`, i32 [3], says what is read next (see `tile`), where `ahead` is asked for."""
         blocks: T.let = T.min(SEGMENT // BLOCK, T.truncdiv(last - start, BLOCK) + 1)
-        for_tiles(here, product.scores, Q, K, B, W, table, blocks, head)
+        for_tiles(here, product.scores, Q, K, V, B, W, table, blocks, head)
         for r in T.serial(here):
             valid: T.let = T.min(SEGMENT, position + T.truncdiv(r, group) + 1 - start)
             if valid > 0:
                 weigh(W, A, r, valid)
         factors(A, A, 4 * rows, (start - position) * group, fresh)
-        for_tiles(here, product.values, V, B, W, Y, A, rows, table, head, start, position, fresh, here)
+        for_tiles(here, product.values, K, V, B, W, Y, A, rows, table, head, start, position, fresh, next_, here)
 
     return SimpleNamespace(run=run, factors=factors, rows=rows)

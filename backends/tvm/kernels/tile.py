@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.cache import BLOCK
-from llmc.backends.tvm.kernels.vector import at, decode, f32, fma, load, splat
+from llmc.backends.tvm.kernels.vector import BYTES, LINE, at, decode, f32, fma, load, prefetch, splat
 from llmc.backends.tvm.splits import SEGMENT
 
 COLUMNS = SEGMENT + BLOCK
@@ -19,11 +19,17 @@ def rows_at_most(isa):
     return 12 if isa.lanes == 16 else 6
 
 
-def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
-    """`scores` and `values` of the rows low..low + rows of a unit (see `segment`)."""
+def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
+    """`scores` and `values` of the rows low..low + rows of a unit (see `segment`).
+
+    `ahead`: what they read is not in a cache. Then values are asked for while scores are computed, and the keys of the
+    next segment while values are: blocks lie anywhere, and the processor follows no such path by itself.
+    """
     L, VK = isa.lanes, BLOCK // isa.lanes
     registers = 32 if isa.lanes == 16 else 16
     whole, tail = head_dim // L, head_dim % L
+    line = LINE // BYTES[kv_dtype]
+    steps = line // BLOCK if ahead and line >= BLOCK and head_dim % (line // BLOCK) == 0 else 1
 
     def blocks_at_once(rows):
         """A power of two: with its keys, a broadcast and the sums of all rows it fits into the registers."""
@@ -33,7 +39,7 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
         return width
 
     @T.inline
-    def scores(Q, K, B, W, table, blocks, head, low, rows):
+    def scores(Q, K, V, B, W, table, blocks, head, low, rows):
         """W = scale · q · keys of `blocks` blocks, whose ids begin at B[table]. Several are taken at once; where none
         is left the last is taken again."""
         N = T.meta_var(blocks_at_once(rows))
@@ -46,17 +52,22 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
             for b in T.unroll(N):
                 block: T.let = T.Cast("int64", B[table + T.min(n * N + b, blocks - 1)])
                 base[b] = (block * kv_heads + head) * T.int64(head_dim * BLOCK)
-            for d in T.serial(head_dim):
-                for i in T.unroll(N * VK):
-                    keys[at(i * L, L)] = decode(
-                        load(K, base[i // VK] + T.Cast("int64", d * BLOCK + i % VK * L), L), kv_dtype, L
-                    )
-                for r in T.unroll(rows):
-                    x: T.let = splat(Q[(low + r) * head_dim + d], L)
+            for whole_line in T.serial(head_dim // steps):
+                if ahead:
+                    for b in T.unroll(N):
+                        prefetch(V, base[b] + T.Cast("int64", whole_line * (steps * BLOCK)))
+                for step in T.unroll(steps):
+                    d: T.let = whole_line * steps + step
                     for i in T.unroll(N * VK):
-                        acc[at((r * N * VK + i) * L, L)] = fma(
-                            x, load(keys, i * L, L), acc[at((r * N * VK + i) * L, L)]
+                        keys[at(i * L, L)] = decode(
+                            load(K, base[i // VK] + T.Cast("int64", d * BLOCK + i % VK * L), L), kv_dtype, L
                         )
+                    for r in T.unroll(rows):
+                        x: T.let = splat(Q[(low + r) * head_dim + d], L)
+                        for i in T.unroll(N * VK):
+                            acc[at((r * N * VK + i) * L, L)] = fma(
+                                x, load(keys, i * L, L), acc[at((r * N * VK + i) * L, L)]
+                            )
             for r in T.unroll(rows):
                 for i in T.unroll(N * VK):
                     W[at((low + r) * COLUMNS + n * N * BLOCK + i * L, L)] = acc[at((r * N * VK + i) * L, L)] * f32(
@@ -64,19 +75,28 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
                     )
 
     @T.inline
-    def column_values(V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, lanes, C, first, rows):
+    def column_values(
+        K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, lanes, C, first, rows
+    ):
         acc = T.alloc_buffer((rows * C * lanes,), "float32", scope="local")
         of_key = T.alloc_buffer((C * lanes,), "float32", scope="local")
+        following = T.alloc_buffer((1,), "int64", scope="local")
         for i in T.unroll(rows * C):
             acc[at(i * lanes, lanes)] = f32(0.0, lanes)
         common: T.let = T.max(0, T.min(SEGMENT, position + T.truncdiv(low, group) + 1 - start))
         for b in T.serial(T.truncdiv(common + BLOCK - 1, BLOCK)):
             base: T.let = (T.Cast("int64", B[table + b]) * kv_heads + head) * T.int64(head_dim * BLOCK)
+            if ahead:
+                block: T.let = T.Cast("int64", B[next_[0] + T.min(b, next_[1] - 1)])
+                following[0] = (block * kv_heads + next_[2]) * T.int64(head_dim * BLOCK)
             for j in T.serial(T.min(BLOCK, common - b * BLOCK)):
                 for c in T.unroll(C):
                     of_key[at(c * lanes, lanes)] = decode(
                         load(V, base + T.Cast("int64", j * head_dim + first + c * lanes), lanes), kv_dtype, lanes
                     )
+                if ahead:
+                    for c in T.unroll(-(-C * lanes // line)):
+                        prefetch(K, following[0] + T.Cast("int64", j * head_dim + first + c * line))
                 for r in T.unroll(rows):
                     weight: T.let = splat(W[(low + r) * COLUMNS + b * BLOCK + j], lanes)
                     for c in T.unroll(C):
@@ -110,16 +130,21 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
                         )
 
     @T.inline
-    def values(V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, rows):
+    def values(K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, rows):
         """Folds the segment's weighted values into Y, by the factors in A [6, stride]. `start` is its first key's
-        position, B[table] its first block; the unit has `here` rows."""
+        position, B[table] its first block; the unit has `here` rows. What will be read next are the keys of next_[1]
+        blocks, from B[next_[0]] on, for head next_[2]."""
         C = T.meta_var(_columns(whole, (registers - 1) // (rows + 1)))
         for i in T.serial(whole // C):
             column_values(
-                V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, L, C, i * (C * L), rows
+                K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, L, C, i * (C * L), rows
             )
         if whole % C > 0:
+            rest = T.meta_var((L, whole % C, whole // C * C * L))
+            column_values(K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, *rest, rows)
+        for i in T.serial(tail):
             column_values(
+                K,
                 V,
                 B,
                 W,
@@ -131,16 +156,13 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype):
                 start,
                 position,
                 fresh,
+                next_,
                 here,
                 low,
-                L,
-                whole % C,
-                whole // C * C * L,
+                1,
+                1,
+                whole * L + i,
                 rows,
-            )
-        for i in T.serial(tail):
-            column_values(
-                V, B, W, Y, A, stride, table, head, start, position, fresh, here, low, 1, 1, whole * L + i, rows
             )
 
     return SimpleNamespace(scores=scores, values=values)

@@ -11,6 +11,12 @@ from tvm.script import tirx as T
 STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 """The dtype that a kernel's buffer of weights or KV has. LLVM's bf16 is avoided: its conversions are library calls."""
 
+BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+"""Of one stored element."""
+
+LINE = 64
+"""Bytes of a cache line."""
+
 
 def wide(dtype, lanes):
     """The name of a vector type, or of the scalar."""
