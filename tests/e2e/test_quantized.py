@@ -48,9 +48,13 @@ def test_perplexity_stays(format: str, largest: float, load: Load) -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("picocode", 8), ("stories260K", 7)])
 def test_greedy_tokens_of_q8(name: str, least: int, load: Load) -> None:
-    """32 tokens of each of 10 prompts: as many prompts as with plain 8-bit rounding give the tokens of float32."""
+    """32 tokens of each of 10 prompts: as many prompts as with plain 8-bit rounding give the tokens of float32.
+
+    At some places two tokens are nearly equal in float32, and which one wins depends on the last bit of an activation
+    before it is rounded: so one instruction set is chosen, whose bits are the same on every machine.
+    """
     folder = PICOCODE if name == "picocode" else fixture_path(f"models/{name}")
-    model = load(folder if name == "picocode" else folder / "hf", quant="q8")
+    model = load(folder if name == "picocode" else folder / "hf", quant="q8", target="cpu:x86-64-v3")
     cases = recorded(folder)["cases"][:10]
     completions = model.generate([case["prompt_ids"] for case in cases], max_new_tokens=32)
     agree = [
