@@ -25,7 +25,7 @@ def command(
         str, typer.Option(help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4.")
     ] = "cpu",
     quant: Annotated[str, typer.Option(help="Weight format: none keeps the checkpoint's dtype.")] = "none",
-    kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32.")] = None,
+    kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32, int8.")] = None,
     architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="For timing and analysis.")] = False,
