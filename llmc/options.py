@@ -42,5 +42,5 @@ class CompileOptions:
     """Above this many parameters the float64 interpreter is too slow to make the checks at compile."""
 
 
-KV_DTYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
-"""What `--kv-quant` accepts on a CPU; `none` is the weights' dtype."""
+KV_DTYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32, "int8": DType.I8}
+"""What `--kv-quant` accepts on a CPU; `none` is the weights' dtype, `int8` codes with a scale for each vector."""

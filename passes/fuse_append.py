@@ -7,7 +7,7 @@ from typing import Any
 
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Value
-from llmc.ir.ops.cache import KvAppend, QkvAppend, RopeAppend
+from llmc.ir.ops.cache import KvAppend, QkvAppend, RopeAppend, state_count
 from llmc.ir.ops.rope import Rope
 from llmc.ir.ops.shape import Slice
 from llmc.ir.pattern import Match, NoMatch
@@ -38,7 +38,7 @@ class AppendRule(Rule):
         return "rope-append" if self.rotated else "qkv-append"
 
     def match(self, root: Node, graph: Graph) -> Match | NoMatch:
-        key, value, slots, key_state, value_state = root.inputs
+        key, value, slots, *states = root.inputs
         if isinstance(key.op, Rope) is not self.rotated:
             return NoMatch("keys are not rotated" if self.rotated else "keys are rotated", root)
         keys = key.node.inputs[0] if self.rotated else key
@@ -57,15 +57,18 @@ class AppendRule(Rule):
         if len(queries) != 1:
             return NoMatch(f"want one slice of the {wide} query columns, found {len(queries)}", root, 3)
         nodes = {root, keys.node, value.node, queries[0]}
-        operands = {"qkv": qkv, "slots": slots, "key_state": key_state, "value_state": value_state}
+        operands = {"qkv": qkv, "slots": slots, **{f"state{i}": v for i, v in enumerate(states)}}
         heads = {
             "num_heads": wide // root.op.head_dim,
             "num_kv_heads": root.op.num_kv_heads,
             "head_dim": root.op.head_dim,
         }
+        scaled = root.op.scaled
         query = queries[0].results[0]
         if not self.rotated:
-            return Match(root, operands, {"op": QkvAppend(**heads)}, frozenset(nodes), (query, *root.results))
+            return Match(
+                root, operands, {"op": QkvAppend(**heads, scaled=scaled)}, frozenset(nodes), (query, *root.results)
+            )
         rope = key.op
         assert isinstance(rope, Rope)
         tables = key.node.inputs[1:]
@@ -74,12 +77,13 @@ class AppendRule(Rule):
         if len(readers) != 1 or readers[0].op != matching or readers[0].inputs[1:] != tables:
             found = ", ".join(map(repr, readers))
             return NoMatch(f"queries are not rotated as keys are: want {matching}, found {found}", root, 4)
-        op = RopeAppend(**heads, rotary_dim=rope.rotary_dim, layout=rope.layout)
+        op = RopeAppend(**heads, rotary_dim=rope.rotary_dim, layout=rope.layout, scaled=scaled)
         operands |= {"cos": tables[0], "sin": tables[1]}
         replaced = (readers[0].results[0], *root.results)
         return Match(root, operands, {"op": op}, frozenset(nodes | {key.node, readers[0]}), replaced)
 
     def rewrite(self, b: Emitter, match: Match) -> Any:
         tables: tuple[Value, ...] = (match["cos"], match["sin"]) if self.rotated else ()
-        states = (match["slots"], match["key_state"], match["value_state"])
-        return b(match.attributes["op"], match["qkv"], *tables, *states)
+        op = match.attributes["op"]
+        states = (match[f"state{i}"] for i in range(state_count(op.scaled)))
+        return b(op, match["qkv"], *tables, match["slots"], *states)

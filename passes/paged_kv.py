@@ -17,7 +17,8 @@ from llmc.passes.token_axes import token_axes
 
 @dataclass(frozen=True)
 class PagedKv(Pass):
-    """Every `attention` becomes `kv_append` and `paged_attention` over two states, `<place>.key` and `<place>.value`.
+    """Every `attention` becomes `kv_append` and `paged_attention` over two states, `<place>.key` and `<place>.value`;
+    with dtype i8 these are codes, and `<place>.key_scale` and `<place>.value_scale` their scales.
 
     Takes token_ids and positions i32 [tokens] to logits [tokens, vocab]. Adds the inputs slot_mapping i32 [tokens],
     query_start i32 [sequences + 1], block_tables i32 [sequences, max_blocks] and logit_rows i32 [outputs]; logits
@@ -36,8 +37,8 @@ class PagedKv(Pass):
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise LlmcError(f"block_size must be at least 1, given {self.block_size}")
-        if not self.dtype.is_float:
-            raise LlmcError(f"keys and values are floating point, dtype cannot be {self.dtype}")
+        if not self.dtype.is_float and self.dtype is not DType.I8:
+            raise LlmcError(f"keys and values are floating point, or i8 with scales: dtype cannot be {self.dtype}")
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         given = _check_interface(graph)
@@ -80,8 +81,11 @@ class PagedKv(Pass):
             "logit_rows": np.arange(count),
         }
         sizes = {"num_blocks": blocks + 2}
-        made = [(v.op.state.name, v.type.concrete(sizes)) for v in after.states if isinstance(v.op, StateInput)]
-        states = {name: np.full(shape, np.nan) for name, shape in made}
+        states = {
+            v.op.state.name: np.full(v.type.concrete(sizes), np.nan if v.type.dtype.is_float else 127)
+            for v in after.states
+            if isinstance(v.op, StateInput)
+        }
         return given, Trial(inputs, {**given.states, **states})
 
 
@@ -136,18 +140,24 @@ class _Paging:
             raise LlmcError(f"{node!r} has positions of its own; a step has one vector of positions")
         blocks, size = symbol("num_blocks"), self.options.block_size
         place = self._unique(node.loc)
-        key = self._state(f"{place}.key", (blocks, op.num_kv_heads, op.head_dim, size))
-        value = self._state(f"{place}.value", (blocks, op.num_kv_heads, size, op.head_dim))
-        append = {"num_kv_heads": op.num_kv_heads, "head_dim": op.head_dim}
-        self.states[key], self.states[value] = b.kv_append(k, v, self.slots, key, value, **append)
-        caches = (self.states[key], self.states[value])
+        kv, scaled = self.options.dtype, self.options.dtype is DType.I8
+        states = [
+            self._state(f"{place}.key", kv, (blocks, op.num_kv_heads, op.head_dim, size)),
+            self._state(f"{place}.value", kv, (blocks, op.num_kv_heads, size, op.head_dim)),
+        ]
+        if scaled:
+            scales = (blocks, op.num_kv_heads, size)
+            states += [self._state(f"{place}.{of}_scale", DType.F32, scales) for of in ("key", "value")]
+        append = {"num_kv_heads": op.num_kv_heads, "head_dim": op.head_dim, "scaled": scaled}
+        caches = b.kv_append(k, v, self.slots, *states, **append)
+        self.states.update(zip(states, caches, strict=True))
         result: Value = b.paged_attention(
             q, *caches, positions, self.query_start, self.tables, num_heads=op.num_heads, scale=op.scale, **append
         )
         return (result,)
 
-    def _state(self, name: str, shape: tuple[Dim, ...]) -> Value:
-        state = State(name, "paged_kv", self.options.dtype, shape)
+    def _state(self, name: str, dtype: DType, shape: tuple[Dim, ...]) -> Value:
+        state = State(name, "paged_kv", dtype, shape)
         return Value(Node(StateInput(state), (), (TensorType(state.dtype, shape),)))
 
     def _unique(self, place: str) -> str:

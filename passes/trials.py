@@ -99,6 +99,9 @@ def _batch(graph: Graph, rng: np.random.Generator, tokens: int) -> Trial:
 
 def _filled(state: Value, rng: np.random.Generator, num_blocks: int, free: Array) -> Array:
     """A past of random keys or values; blocks that no sequence owns are NaN."""
-    array = rng.standard_normal(state.type.concrete({"num_blocks": num_blocks}))
+    shape = state.type.concrete({"num_blocks": num_blocks})
+    if not state.type.dtype.is_float:
+        return rng.integers(-127, 128, shape)  # codes, whose scales are NaN there
+    array = rng.standard_normal(shape)
     array[free] = np.nan
     return array

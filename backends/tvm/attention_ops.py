@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from llmc.ir.op import Array, Cost, Emitter, Op, Value
-from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.cache import QkvAppend, RopeAppend
+from llmc.ir.ops.attention import PagedAttention, with_scales
+from llmc.ir.ops.cache import QkvAppend, RopeAppend, scale_bytes, state_count
 from llmc.ir.types import DType, TensorType
 
 
 @dataclass(frozen=True)
 class _Heads(Op, abstract=True):
     """Heads of a joint projection qkv [tokens, (num_heads + 2 · num_kv_heads) · head_dim], of whose queries and keys
-    the first `rotary_dim` elements are rotated (attributes as in `Rope`; 0: none are).
+    the first `rotary_dim` elements are rotated (attributes as in `Rope`; 0: none are). `scaled`: the states are codes,
+    and their scales follow (see `KvAppend`).
 
     Operands begin with qkv and, where there is a rotation, cos and sin [tokens, rotary_dim / 2].
     """
@@ -28,13 +29,15 @@ class _Heads(Op, abstract=True):
     head_dim: int
     rotary_dim: int
     layout: str
+    scaled: bool
 
     stage = "step"
 
     @property
     def heads(self) -> dict[str, Any]:
         """The attributes that ops of `llmc.ir` have too."""
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        names = ("num_heads", "num_kv_heads", "head_dim", "scaled")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def rotation(self) -> dict[str, Any]:
@@ -45,6 +48,11 @@ class _Heads(Op, abstract=True):
     def leading(self) -> int:
         """How many operands qkv and its tables are."""
         return 3 if self.rotary_dim else 1
+
+    @property
+    def states(self) -> int:
+        """How many states there are."""
+        return state_count(self.scaled)
 
     def append(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
         """Rotated queries and the new states, from qkv, [cos, sin], slot_mapping and the states."""
@@ -68,29 +76,33 @@ def queries(
 @dataclass(frozen=True)
 class AppendKeys(_Heads):
     """`rope_append`, or `qkv_append` without a rotation, that leaves the queries where they are. Operands: qkv,
-    [cos, sin], slot_mapping, key and value states; results: the new states."""
+    [cos, sin], slot_mapping, the states; results: the new states."""
 
-    result_count = 2
+    @property
+    def result_count(self) -> int:  # type: ignore[override]
+        """The states."""
+        return self.states
 
     @property
     def updates(self) -> Mapping[int, int]:  # type: ignore[override]
         """See `Op`."""
-        return {self.leading + 1: 0, self.leading + 2: 1}
+        return {self.leading + 1 + i: i for i in range(self.states)}
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
         return self.append(b, *values)[1:]
 
     def cost(self, *types: TensorType) -> Cost:
-        qkv, key = types[0], types[self.leading + 1]
+        qkv, (key, _, *scales) = types[0], types[self.leading + 1 :]
         both = 2 * qkv.elements * self.num_kv_heads // (self.num_heads + 2 * self.num_kv_heads)
         read = both * qkv.dtype.itemsize + sum(t.bytes for t in types[1 : self.leading + 1])
-        return Cost(3 * both // 2 * self.rotary_dim // self.head_dim, read, both * key.dtype.itemsize)
+        written = both * key.dtype.itemsize + scale_bytes(both // 2 // self.head_dim, scales)
+        return Cost(3 * both // 2 * self.rotary_dim // self.head_dim, read, written)
 
 
 @dataclass(frozen=True)
 class RotatedAttention(_Heads):
     """`paged_attention` that reads its queries out of the joint projection and rotates them. Operands: qkv,
-    [cos, sin], key, value, positions, query_start, block_tables; result [tokens, num_heads · head_dim].
+    [cos, sin], the states, positions, query_start, block_tables; result [tokens, num_heads · head_dim].
 
     `split` says how many keys are folded before their results are: the order of a sum, no matter of meaning.
     """
@@ -111,7 +123,7 @@ class RotatedAttention(_Heads):
 class SplitAttention(_Heads):
     """`append_keys` and, for one token of each sequence, attention over every `split` keys of its context apart.
 
-    Operands: qkv, [cos, sin], slot_mapping, key, value, positions i32 [tokens], block_tables i32 [tokens, max_blocks];
+    Operands: qkv, [cos, sin], slot_mapping, the states, positions i32 [tokens], block_tables i32 [tokens, max_blocks];
     results: partial (see `PartialAttention`), the new states.
     """
 
@@ -119,25 +131,28 @@ class SplitAttention(_Heads):
     split: int
     splits: int
 
-    result_count = 3
+    @property
+    def result_count(self) -> int:  # type: ignore[override]
+        """Partial results and the states."""
+        return 1 + self.states
 
     @property
     def updates(self) -> Mapping[int, int]:  # type: ignore[override]
         """See `Op`."""
-        return {self.leading + 1: 1, self.leading + 2: 2}
+        return {self.leading + i: i for i in range(1, 1 + self.states)}
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        n = self.leading
-        q, *states = self.append(b, *values[: n + 3])
+        n = self.leading + 1 + self.states
+        q, *states = self.append(b, *values[:n])
         partial = PartialAttention(**self.heads, scale=self.scale, split=self.split, splits=self.splits)
-        return b.one(partial, q, *states, *values[n + 3 :]), *states
+        return b.one(partial, q, *states, *values[n:]), *states
 
     def cost(self, *types: TensorType) -> Cost:
-        n = self.leading
-        append = AppendKeys(**self.heads, **self.rotation).cost(*types[: n + 3])
-        positions, tables = types[n + 3 :]
+        n, first = self.leading + 1 + self.states, self.leading + 1
+        append = AppendKeys(**self.heads, **self.rotation).cost(*types[:n])
+        positions, tables = types[n:]
         return append + _attention_cost(
-            self, self.scale, types[:n], (*types[n + 1 : n + 3], positions, positions, tables)
+            self, self.scale, types[: self.leading], (*types[first:n], positions, positions, tables)
         )
 
 
@@ -145,7 +160,7 @@ class SplitAttention(_Heads):
 class PartialAttention(Op):
     """Attention of one token of each sequence over every `split` keys of its context apart.
 
-    Operands: q [tokens, num_heads · head_dim], key, value, positions i32 [tokens], block_tables i32 [tokens,
+    Operands: q [tokens, num_heads · head_dim], the states, positions i32 [tokens], block_tables i32 [tokens,
     max_blocks] (as in `PagedAttention`). Result f32 [tokens, splits, num_heads · (head_dim + 2)]: for each split the
     sums of values weighted with e^(score - maximum) [num_heads, head_dim], the maxima [num_heads] and the sums of the
     weights [num_heads]. Splits in which a token has no keys mean nothing.
@@ -154,6 +169,7 @@ class PartialAttention(Op):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    scaled: bool
     scale: float
     split: int
     splits: int
@@ -161,15 +177,17 @@ class PartialAttention(Op):
     stage = "step"
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 5 and types[0].rank == 2, "q, key, value, positions, block_tables", *types)
-        q, _, _, positions, tables = types
+        count = 3 + state_count(self.scaled)
+        self.expects(len(types) == count and types[0].rank == 2, "q, the states, positions, block_tables", *types)
+        q, *_, positions, tables = types
         self.expects(q.shape[1] == self.num_heads * self.head_dim, "q [tokens, num_heads * head_dim]", *types)
         self.expects(positions == TensorType(DType.I32, (q.shape[0],)), "positions i32[tokens]", positions)
         self.expects(tables.shape[:1] == q.shape[:1], "block_tables of one sequence for each token", tables)
         return (TensorType(q.dtype, (q.shape[0], self.splits, self.num_heads * (self.head_dim + 2))),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        q, key, value, positions, tables = arrays
+        q, *states, positions, tables = arrays
+        key, value = with_scales(states)
         partial = np.zeros((len(q), self.splits, self.num_heads * (self.head_dim + 2)))
         group = self.num_heads // self.num_kv_heads
         for token, position in enumerate(positions):

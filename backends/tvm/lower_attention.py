@@ -19,7 +19,7 @@ def lower_append(b: Emitter, op: RopeAppend | QkvAppend, inputs: tuple[Value, ..
     rotation: dict[str, Any] = {"rotary_dim": 0, "layout": "half"}
     if isinstance(op, RopeAppend):
         rotation = {"rotary_dim": op.rotary_dim, "layout": op.layout}
-    append = AppendKeys(op.num_heads, op.num_kv_heads, op.head_dim, **rotation)
+    append = AppendKeys(op.num_heads, op.num_kv_heads, op.head_dim, **rotation, scaled=op.scaled)
     q = queries(b, op.num_heads, op.head_dim, rotation, *inputs[: append.leading])
     return q, *b(append, *inputs)
 
@@ -36,7 +36,13 @@ def lower_attention(b: Emitter, op: PagedAttention, inputs: tuple[Value, ...], l
     if not isinstance(q.op, Slice):
         return None
     rotated = RotatedAttention(
-        op.num_heads, op.num_kv_heads, op.head_dim, **rotation, scale=op.scale, split=split_length(longest)
+        op.num_heads,
+        op.num_kv_heads,
+        op.head_dim,
+        **rotation,
+        scaled=op.scaled,
+        scale=op.scale,
+        split=split_length(longest),
     )
     return b.one(rotated, q.node.inputs[0], *tables, *rest)
 

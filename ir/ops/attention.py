@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.ir.op import Array, Cost, Emitter, Op, Value
+from llmc.ir.ops.cache import expects_scales, state_count
 from llmc.ir.types import DType, TensorType
 
 
@@ -67,20 +68,23 @@ class PagedAttention(Op):
     Operands: q [tokens, num_heads · head_dim]; key [blocks, num_kv_heads, head_dim, block_size] and value [blocks,
     num_kv_heads, block_size, head_dim] (states that already hold the batch's own tokens); positions i32 [tokens];
     query_start i32 [sequences + 1] (the tokens of sequence s are query_start[s] to query_start[s + 1]);
-    block_tables i32 [sequences, max_blocks]. Result like q.
+    block_tables i32 [sequences, max_blocks]. Result like q. `scaled`: the states are codes, and their scales follow
+    (see `KvAppend`).
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
+    scaled: bool = False
 
     stage = "step"
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        operands = "q, key, value, positions, query_start, block_tables"
-        self.expects(len(types) == 6 and types[0].rank == 2, operands, *types)
-        q, key, value, positions, query_start, tables = types
+        operands = "q, the states, positions, query_start, block_tables"
+        self.expects(len(types) == 4 + state_count(self.scaled) and types[0].rank == 2, operands, *types)
+        q, key, value, *scales, positions, query_start, tables = types
+        expects_scales(self, self.scaled, key, scales)
         self.expects(q.shape[1] == self.num_heads * self.head_dim, "q [tokens, num_heads * head_dim]", *types)
         self.expects(key.rank == value.rank == 4, "states of rank 4", *types)
         blocks, heads, width, size = key.shape
@@ -92,7 +96,8 @@ class PagedAttention(Op):
         return types[:1]
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        q, key, value, positions, query_start, tables = arrays
+        q, *states, positions, query_start, tables = arrays
+        key, value = with_scales(states)
         out = np.empty_like(q)
         size, group = key.shape[3], self.num_heads // self.num_kv_heads
         for sequence in range(len(query_start) - 1):
@@ -109,14 +114,22 @@ class PagedAttention(Op):
 
     def cost(self, *types: TensorType) -> Cost:
         """Every sequence is counted at the full length of its block table, which each of its kv heads reads once."""
-        q, key, _, positions, query_start, tables = types
+        q, *states, positions, query_start, tables = types
         flops = self.operations(types, (q,))
-        cached = 2 * tables.elements * key.elements // max(TensorType(key.dtype, key.shape[:1]).elements, 1)
-        read = q.bytes + positions.bytes + query_start.bytes + tables.bytes + cached * key.dtype.itemsize
+        block = sum(s.bytes for s in states) // max(TensorType(DType.I8, states[0].shape[:1]).elements, 1)
+        read = q.bytes + positions.bytes + query_start.bytes + tables.bytes + tables.elements * block
         return Cost(flops, read, q.bytes)
 
     def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:
-        context = operands[5].shape[1]
+        context = operands[-1].shape[1]
         size = operands[1].shape[3]
         assert isinstance(context, int) and isinstance(size, int)
         return 4 * results[0].elements * context * size
+
+
+def with_scales(states: Sequence[Array]) -> tuple[Array, Array]:
+    """Keys and values of states, times their scales where there are any."""
+    key, value, *scales = states
+    if not scales:
+        return key, value
+    return key * scales[0][:, :, None, :], value * scales[1][:, :, :, None]

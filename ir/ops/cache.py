@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
@@ -19,48 +18,102 @@ class KvAppend(Op):
     Operands: k and v [tokens, num_kv_heads · head_dim], slot_mapping i32 [tokens], key and value states (layouts as in
     `PagedAttention`); results: the new states. Values round to the states' dtype (float64 states, which only the
     interpreter has, keep them as they are).
+
+    `scaled`: the states are i8 codes, and those of their scales follow, f32 [blocks, num_kv_heads, block_size] each. A
+    head's key, or value, has one scale (see `quantize_rows`).
     """
 
     num_kv_heads: int
     head_dim: int
+    scaled: bool = False
 
     stage = "step"
-    result_count = 2
-    updates = MappingProxyType({3: 0, 4: 1})
+
+    @property
+    def result_count(self) -> int:  # type: ignore[override]
+        """The states."""
+        return state_count(self.scaled)
+
+    @property
+    def updates(self) -> Mapping[int, int]:  # type: ignore[override]
+        """See `Op`."""
+        return {3 + i: i for i in range(self.result_count)}
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 5 and types[0].rank == 2, "k, v, slot_mapping, key state, value state", *types)
-        k, v, slots, key, value = types
+        self.expects(
+            len(types) == 3 + self.result_count and types[0].rank == 2, "k, v, slot_mapping and the states", *types
+        )
+        k, v, slots, key, value, *scales = types
         width = self.num_kv_heads * self.head_dim
         self.expects(k == v and k.shape[1] == width, f"k and v [tokens, {width}]", k, v)
         self.expects(slots == TensorType(DType.I32, k.shape[:1]), "slot_mapping i32[tokens]", slots)
         self.expects(key.rank == value.rank == 4, "states of rank 4", key, value)
         self.expects(key.dtype == value.dtype, "states of one dtype", key, value)
+        expects_scales(self, self.scaled, key, scales)
         self.expects(key.shape[1:3] == (self.num_kv_heads, self.head_dim), "key state of these heads", key)
         self.expects(
             value.shape == (key.shape[0], key.shape[1], key.shape[3], key.shape[2]), "value state like key", value
         )
-        return key, value
+        return key, value, *scales
 
     def evaluate(
         self, types: Sequence[TensorType], arrays: Sequence[Array], sizes: Mapping[str, int]
     ) -> tuple[Array, ...]:
         k, v, slots = arrays[:3]
-        key, value = arrays[3].copy(), arrays[4].copy()
-        size = key.shape[3]
+        states = [a.copy() for a in arrays[3:]]
+        size = states[0].shape[3]
         rounded = np.float64 if types[3].dtype is DType.F64 else np.float32
         stored = types[3].dtype.numpy
         for token, slot in enumerate(slots):
             if slot < 0:
                 continue
             block, offset = divmod(int(slot), size)
-            heads = (x[token].reshape(self.num_kv_heads, self.head_dim).astype(rounded).astype(stored) for x in (k, v))
-            key[block, :, :, offset], value[block, :, offset, :] = heads
-        return key, value
+            heads: Sequence[Array] = [
+                x[token].reshape(self.num_kv_heads, self.head_dim).astype(rounded) for x in (k, v)
+            ]
+            if self.scaled:
+                heads, scales = zip(*(quantize_rows(x) for x in heads), strict=True)
+                states[2][block, :, offset], states[3][block, :, offset] = scales
+            states[0][block, :, :, offset], states[1][block, :, offset, :] = (x.astype(stored) for x in heads)
+        return tuple(states)
 
     def cost(self, *types: TensorType) -> Cost:
-        k, v, slots, key, _ = types
-        return Cost(0, k.bytes + v.bytes + slots.bytes, 2 * k.elements * key.dtype.itemsize)
+        k, v, slots, key, _, *scales = types
+        written = 2 * k.elements * key.dtype.itemsize + scale_bytes(k.elements // self.head_dim, scales)
+        return Cost(0, k.bytes + v.bytes + slots.bytes, written)
+
+
+def state_count(scaled: bool) -> int:
+    """Keys and values, and their scales."""
+    return 4 if scaled else 2
+
+
+def quantize_rows(x: Array) -> tuple[Array, Array]:
+    """Codes (whole numbers from -127 to 127) and scales of rows [n, head_dim]: scale = max |x| / 127 in float32, code =
+    x / scale in float32, rounded half to even; code 0 where the scale is 0 or NaN. An infinity makes its row NaN.
+
+    Rows in float64 keep their values, with scale 1: what rounds nothing can be compared exactly.
+    """
+    if x.dtype == np.float64:
+        return x, np.ones(len(x))
+    scale = np.abs(x).max(1) / np.float32(127)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        codes = np.clip(np.rint(x / scale[:, None]), -127, 127)
+    return np.where((scale[:, None] > 0) & np.isfinite(codes), codes, 0), scale
+
+
+def expects_scales(op: Op, scaled: bool, key: TensorType, scales: Sequence[TensorType]) -> None:
+    """Raise `TypeMismatch` unless a state of keys and the scales' states fit each other."""
+    codes = key.dtype is DType.I8 or (scaled and key.dtype is DType.F64)
+    op.expects(codes == scaled, "i8 states with scales, or floats without", key)
+    for scale in scales:
+        op.expects(scale.dtype.is_float, "scales in floating point", scale)
+        op.expects(scale.shape == (key.shape[0], key.shape[1], key.shape[3]), "one scale for each slot and head", scale)
+
+
+def scale_bytes(slots: int, scales: Sequence[TensorType]) -> int:
+    """Bytes of the scales of so many slots and heads."""
+    return sum(slots * s.dtype.itemsize for s in scales)
 
 
 @dataclass(frozen=True)
@@ -68,30 +121,40 @@ class QkvAppend(Op):
     """Splits the joint projection, appends its keys and values, returns the queries.
 
     Operands: qkv [tokens, (num_heads + 2 · num_kv_heads) · head_dim], slot_mapping, key and value states;
-    results: q [tokens, num_heads · head_dim], the new states.
+    results: q [tokens, num_heads · head_dim], the new states. `scaled` as in `KvAppend`.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    scaled: bool = False
 
     stage = "step"
-    result_count = 3
-    updates = MappingProxyType({2: 1, 3: 2})
+
+    @property
+    def result_count(self) -> int:  # type: ignore[override]
+        """Queries and the states."""
+        return 1 + state_count(self.scaled)
+
+    @property
+    def updates(self) -> Mapping[int, int]:  # type: ignore[override]
+        """See `Op`."""
+        return {1 + i: i for i in range(1, self.result_count)}
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        qkv, slots, key, value = values
+        self.expects(len(values) == 1 + self.result_count, "qkv, slot_mapping and the states")
+        qkv, slots, *states = values
         q, k, v = _split(b, qkv, self.num_heads, self.num_kv_heads, self.head_dim)
-        append = KvAppend(self.num_kv_heads, self.head_dim)
-        return q, *b(append, k, v, slots, key, value)
+        append = KvAppend(self.num_kv_heads, self.head_dim, self.scaled)
+        return q, *b(append, k, v, slots, *states)
 
     def cost(self, *types: TensorType) -> Cost:
-        return _append_cost(types[0], types[1], types[2], self.num_heads, self.num_kv_heads)
+        return _append_cost(types[0], types[1], types[2:], self.num_heads, self.num_kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True)
 class RopeAppend(Op):
-    """`QkvAppend` with queries and keys rotated first (attributes and tables as in `Rope`).
+    """`QkvAppend` with queries and keys rotated first (attributes and tables as in `Rope`); `scaled` as there.
 
     Operands: qkv, cos, sin, slot_mapping, key and value states; results: q, the new states.
     """
@@ -101,22 +164,32 @@ class RopeAppend(Op):
     head_dim: int
     rotary_dim: int
     layout: str = "half"
+    scaled: bool = False
 
     stage = "step"
-    result_count = 3
-    updates = MappingProxyType({4: 1, 5: 2})
+
+    @property
+    def result_count(self) -> int:  # type: ignore[override]
+        """Queries and the states."""
+        return 1 + state_count(self.scaled)
+
+    @property
+    def updates(self) -> Mapping[int, int]:  # type: ignore[override]
+        """See `Op`."""
+        return {3 + i: i for i in range(1, self.result_count)}
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        qkv, cos, sin, slots, key, value = values
+        self.expects(len(values) == 3 + self.result_count, "qkv, cos, sin, slot_mapping and the states")
+        qkv, cos, sin, slots, *states = values
         q, k, v = _split(b, qkv, self.num_heads, self.num_kv_heads, self.head_dim)
         rope = {"head_dim": self.head_dim, "rotary_dim": self.rotary_dim, "layout": self.layout}
         q = b.rope(q, cos, sin, num_heads=self.num_heads, **rope)
         k = b.rope(k, cos, sin, num_heads=self.num_kv_heads, **rope)
-        append = KvAppend(self.num_kv_heads, self.head_dim)
-        return q, *b(append, k, v, slots, key, value)
+        append = KvAppend(self.num_kv_heads, self.head_dim, self.scaled)
+        return q, *b(append, k, v, slots, *states)
 
     def cost(self, *types: TensorType) -> Cost:
-        plain = _append_cost(types[0], types[3], types[4], self.num_heads, self.num_kv_heads)
+        plain = _append_cost(types[0], types[3], types[4:], self.num_heads, self.num_kv_heads, self.head_dim)
         rotated = types[0].elements * (self.num_heads + self.num_kv_heads) // (self.num_heads + 2 * self.num_kv_heads)
         tables = types[1].bytes + types[2].bytes
         return Cost(3 * rotated * self.rotary_dim // self.head_dim, plain.bytes_read + tables, plain.bytes_written)
@@ -128,8 +201,10 @@ def _split(b: Emitter, qkv: Value, num_heads: int, num_kv_heads: int, head_dim: 
     return q, k, v
 
 
-def _append_cost(qkv: TensorType, slots: TensorType, key: TensorType, heads: int, kv_heads: int) -> Cost:
+def _append_cost(
+    qkv: TensorType, slots: TensorType, states: Sequence[TensorType], heads: int, kv_heads: int, head_dim: int
+) -> Cost:
     """A step touches only the slots of its tokens, not the whole state."""
     part = qkv.elements // (heads + 2 * kv_heads)
-    stored = 2 * part * kv_heads * key.dtype.itemsize
+    stored = 2 * part * kv_heads * states[0].dtype.itemsize + scale_bytes(part * kv_heads // head_dim, states[2:])
     return Cost(0, qkv.bytes + slots.bytes, part * heads * qkv.dtype.itemsize + stored)

@@ -23,7 +23,11 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is there.")] = False,
     wheel: Annotated[bool, typer.Option("--wheel", help="Also put a wheel beside the package.")] = False,
     target: Annotated[
-        str, typer.Option(help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4.")
+        str,
+        typer.Option(
+            help="cpu (this machine), cpu:portable, cpu:VARIANT,VARIANT (x86-64-v3, x86-64-v4, avx512-vnni), or"
+            " cpu:aarch64."
+        ),
     ] = "cpu",
     quant: Annotated[
         str,
@@ -34,7 +38,7 @@ def command(
             " kept by default.",
         ),
     ] = "none",
-    kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32.")] = None,
+    kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32, int8.")] = None,
     architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="For timing and analysis.")] = False,

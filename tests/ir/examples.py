@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,24 @@ def append(k: Array, v: Array, slots: Array, key: Array, value: Array) -> tuple[
     return key, value
 
 
+def append_codes(k: Array, v: Array, slots: Array, *states: Array) -> tuple[Array, ...]:
+    """The same with codes: the largest of a head's two magnitudes is 127, the other in proportion, in float32."""
+    key, value, key_scale, value_scale = (s.copy() for s in states)
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            for row, codes, scales in (
+                (k[token], key[:, 0].swapaxes(1, 2), key_scale),
+                (v[token], value[:, 0], value_scale),
+            ):
+                x = row.astype(np.float32)
+                step = max(abs(x[0]), abs(x[1])) / np.float32(127)
+                codes[slot // 4, slot % 4] = [round(float(y / step)) for y in x]
+                scales[slot // 4, 0, slot % 4] = step
+    return key, value, key_scale, value_scale
+
+
 STATES = (TensorType(DType.F16, (3, 1, 2, 4)), TensorType(DType.F16, (3, 1, 4, 2)))
+CODES = (*(replace(t, dtype=DType.I8) for t in STATES), f(3, 1, 4), f(3, 1, 4))
 PAGED = (f(3, 1, 2, 4), f(3, 1, 4, 2))
 TABLES = np.array([[2, 0], [1, 0]])
 
@@ -332,6 +349,19 @@ EXAMPLES = [
         {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
     ),
     Example(KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), *STATES), append, {2: SLOTS}),
+    Example(KvAppend(1, 2, scaled=True), (f(T, 2), f(T, 2), i(T), *CODES), append_codes, {2: SLOTS}),
+    Example(
+        PagedAttention(2, 1, 2, 0.5, scaled=True),
+        (f(5, 4), *CODES, i(5), i(3), i(2, 2)),
+        lambda q, key, value, ks, vs, *rest: paged(q, key * ks[:, :, None], value * vs[..., None], *rest),
+        {5: np.array([3, 4, 5, 0, 1]), 6: np.array([0, 3, 5]), 7: TABLES},
+    ),
+    Example(
+        QkvAppend(2, 1, 2, scaled=True),
+        (f(T, 8), i(T), *CODES),
+        lambda x, slots, *states: (x[:, :4], *append_codes(x[:, 4:6], x[:, 6:], slots, *states)),
+        {1: SLOTS},
+    ),
     Example(
         QkvAppend(2, 1, 2),
         (f(T, 8), i(T), *STATES),

@@ -42,7 +42,7 @@ def test_options_are_typed() -> None:
         ("specialize{entry=decode,tokens=many}", r"tokens=many is not of the expected kind: int or NoneType"),
         ("specialize{entry=decode,tokens=0}", r"tokens must be at least 1, given 0"),
         ("paged-kv{dtype=f8}", r"dtype=f8 is not of the expected kind: f64, f32, f16"),
-        ("paged-kv{dtype=i32}", r"keys and values are floating point, dtype cannot be i32"),
+        ("paged-kv{dtype=i32}", r"keys and values are floating point, or i8 with scales: dtype cannot be i32"),
         ("paged-kv{block_size=0}", r"block_size must be at least 1, given 0"),
         ("paged-kv{block_size=True}", r"block_size=True is not of the expected kind"),
         ("canonicalize{x=1}", r"the pass 'canonicalize' has no option 'x'; there is none"),

@@ -31,20 +31,25 @@ def parameters(graph: Graph) -> dict[str, Array]:
 
 
 MODELS = {name: model(layers=2) for name, model in (("rotary", rotary_model), ("learned", learned_model))}
-STEPS = {name: with_wide_states(step_pipeline(DType.F32, BLOCK).run(g)) for name, g in MODELS.items()}
+STEPS = {
+    (name, kv): with_wide_states(step_pipeline(kv, BLOCK).run(g))
+    for name, g in MODELS.items()
+    for kv in (DType.F32, DType.I8)
+}
 
 
 @settings(max_examples=25)
 @given(
     name=st.sampled_from(sorted(MODELS)),
+    kv=st.sampled_from([DType.F32, DType.I8]),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     chunk=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_ragged_batches_equal_sequences_alone(name: str, lengths: list[int], chunk: int, seed: int) -> None:
+def test_ragged_batches_equal_sequences_alone(name: str, kv: DType, lengths: list[int], chunk: int, seed: int) -> None:
     """Prompts are fed in chunks, all sequences together; blocks are shuffled and what nobody owns is NaN."""
     rng = np.random.default_rng(seed)
-    model, step = MODELS[name], STEPS[name]
+    model, step = MODELS[name], STEPS[name, kv]
     weights = parameters(model)
     ids = [rng.integers(0, 11, n) for n in lengths]
     alone = [interpret(model, {"token_ids": i, "positions": np.arange(len(i))}, weights).outputs["logits"] for i in ids]

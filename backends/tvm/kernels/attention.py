@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.cache import BLOCK
+from llmc.backends.tvm.kernels.cache import BLOCK, present
 from llmc.backends.tvm.kernels.rotation import rotation
 from llmc.backends.tvm.kernels.segment import segment
 from llmc.backends.tvm.kernels.tile import COLUMNS, rows_at_most
@@ -14,8 +14,8 @@ from llmc.backends.tvm.splits import SEGMENT
 
 def attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, rot_dim=0, layout="half", split=SEGMENT):
     """qkv f32 [tokens, (q_heads + 2 kv_heads) · head_dim], [cos and sin f32 [tokens, rot_dim / 2]], key and value
-    states that hold the tokens' own (layouts: `cache`), positions i32 [tokens], query_start i32 [sequences + 1],
-    block_tables i32 [sequences, max_blocks], out f32 [tokens, q_heads · head_dim].
+    states that hold the tokens' own, [their scales] (layouts: `cache`), positions i32 [tokens], query_start
+    i32 [sequences + 1], block_tables i32 [sequences, max_blocks], out f32 [tokens, q_heads · head_dim].
 
     Queries are rotated as they are read (see `rotation`), or not with rot_dim 0. `split` is a multiple of 256: how many
     keys are folded before the results of these are (see `segment`).
@@ -53,6 +53,8 @@ def attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, rot_
         sin: T.handle("float32"),
         key: T.handle(storage),
         value: T.handle(storage),
+        key_scale: T.handle("float32"),
+        value_scale: T.handle("float32"),
         positions: T.handle("int32"),
         query_start: T.handle("int32"),
         block_tables: T.handle("int32"),
@@ -64,6 +66,8 @@ def attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, rot_
         S = T.decl_buffer((1,), "float32", data=sin)
         K = T.decl_buffer((1,), storage, data=key)
         V = T.decl_buffer((1,), storage, data=value)
+        KS = T.decl_buffer((1,), "float32", data=key_scale)
+        VS = T.decl_buffer((1,), "float32", data=value_scale)
         P = T.decl_buffer((1,), "int32", data=positions)
         N = T.decl_buffer((1,), "int32", data=query_start)
         B = T.decl_buffer((1,), "int32", data=block_tables)
@@ -95,7 +99,7 @@ def attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, rot_
                     start: T.let = g * SEGMENT
                     fresh: T.let = T.truncmod(start, split) == 0 if splits else start == 0
                     table: T.let = s * D[2] + g * (SEGMENT // BLOCK)
-                    part.run(Q, K, V, B, W, Y, A, table, head, start, last, position, count * G, fresh, before)
+                    part.run(Q, K, V, KS, VS, B, W, Y, A, table, head, start, last, position, count * G, fresh, before)
                     if splits:  # noqa: SIM102 (decided while the kernel is made)
                         if T.Or(start + SEGMENT > last, T.truncmod(start + SEGMENT, split) == 0):
                             begin: T.let = start - T.truncmod(start, split)
@@ -115,4 +119,4 @@ def attention(symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, rot_
                         R[y + whole * L + c] = (Y2 if splits else Y)[r * head_dim + whole * L + c] / total
             before[0] = T.truncmod(before[0] + units, tasks)
 
-    return specialised(kernel, symbol, {"cos": rot_dim > 0, "sin": rot_dim > 0})
+    return specialised(kernel, symbol, present(rot_dim, kv_dtype))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.cache import BLOCK, writer
+from llmc.backends.tvm.kernels.cache import BLOCK, present, writer
 from llmc.backends.tvm.kernels.math import exp
 from llmc.backends.tvm.kernels.rotation import rotation
 from llmc.backends.tvm.kernels.segment import segment
@@ -20,10 +20,10 @@ def split_attention(
     symbol, isa, *, q_heads, kv_heads, head_dim, scale, kv_dtype, splits, split=SEGMENT, rot_dim=0, layout="half"
 ):
     """qkv f32 [tokens, (q_heads + 2 kv_heads) · head_dim], [cos and sin f32 [tokens, rot_dim / 2]], slot_mapping
-    i32 [tokens], key and value states (layouts: `cache`), positions i32 [tokens], block_tables i32 [tokens,
-    max_blocks], partial f32 [tokens, splits, q_heads · (head_dim + 2)]: for each split of `split` keys (a multiple of
-    256) weighted values [q_heads, head_dim], the maxima and the sums of exponentials [q_heads]. Splits that a token has
-    no keys in are left as they are.
+    i32 [tokens], key and value states, [their scales] (layouts: `cache`), positions i32 [tokens], block_tables i32
+    [tokens, max_blocks], partial f32 [tokens, splits, q_heads · (head_dim + 2)]: for each split of `split` keys (a
+    multiple of 256) weighted values [q_heads, head_dim], the maxima and the sums of exponentials [q_heads]. Splits that
+    a token has no keys in are left as they are.
 
     A unit of work is a token, a kv head and a split. The unit of the last split appends the token's own key and value
     (as `append` does), which no other unit reads.
@@ -50,6 +50,8 @@ def split_attention(
         slots: T.handle("int32"),
         key: T.handle(storage),
         value: T.handle(storage),
+        key_scale: T.handle("float32"),
+        value_scale: T.handle("float32"),
         positions: T.handle("int32"),
         block_tables: T.handle("int32"),
         partial: T.handle("float32"),
@@ -61,6 +63,8 @@ def split_attention(
         M = T.decl_buffer((1,), "int32", data=slots)
         K = T.decl_buffer((1,), storage, data=key)
         V = T.decl_buffer((1,), storage, data=value)
+        KS = T.decl_buffer((1,), "float32", data=key_scale)
+        VS = T.decl_buffer((1,), "float32", data=value_scale)
         P = T.decl_buffer((1,), "int32", data=positions)
         B = T.decl_buffer((1,), "int32", data=block_tables)
         R = T.decl_buffer((1,), "float32", data=partial)
@@ -93,7 +97,7 @@ def split_attention(
                 )
                 if T.And(middle >= low * T.int64(2 * kv_heads), middle < high * T.int64(2 * kv_heads)):
                     if piece == pieces - 1:
-                        write(X, C, S, H, K, V, t, M[t], head)
+                        write(X, C, S, H, K, V, KS, VS, t, M[t], head)
                     for r in T.serial(G):
                         rotate(X, t * width + (head * G + r) * head_dim, C, S, t, Q, r * head_dim)
                     for g in T.serial(T.truncdiv(size + SEGMENT - 1, SEGMENT)):
@@ -106,7 +110,7 @@ def split_attention(
                         next_[1] = T.min(SEGMENT // BLOCK, T.truncdiv(length - 1 - first, BLOCK) + 1)
                         next_[2] = T.Select(same, head, T.truncmod(following, kv_heads))
                         last: T.let = begin + size - 1
-                        part.run(Q, K, V, B, W, Y, A, table, head, start, last, length - 1, G, g == 0, next_)
+                        part.run(Q, K, V, KS, VS, B, W, Y, A, table, head, start, last, length - 1, G, g == 0, next_)
                     row: T.let = (T.Cast("int64", t) * T.int64(splits) + T.Cast("int64", piece)) * T.int64(stride)
                     y: T.let = row + T.Cast("int64", head * (G * head_dim))
                     for i in T.serial(G * head_dim // L):
@@ -119,7 +123,7 @@ def split_attention(
                         R[h + T.int64(q_heads)] = A[rows + r]
             keys[0] = before + T.Cast("int64", length)
 
-    return specialised(kernel, symbol, {"cos": rot_dim > 0, "sin": rot_dim > 0})
+    return specialised(kernel, symbol, present(rot_dim, kv_dtype))
 
 
 def combine_splits(symbol, isa, *, q_heads, head_dim, splits, split=SEGMENT):

@@ -29,11 +29,23 @@ def polynomial(x, coefficients):
     return result
 
 
+def magnitude_bits(x):
+    """The bits of |x| as int32, whose order is that of magnitudes, with NaN above all."""
+    lanes = lanes_of(x)
+    return T.bitwise_and(T.reinterpret(wide("int32", lanes), x), i32(0x7FFFFFFF, lanes))
+
+
 def _magnitude(x):
     """|x|, as bits: NaN stays."""
+    return T.reinterpret(wide("float32", lanes_of(x)), magnitude_bits(x))
+
+
+def code(x, scale):
+    """x / scale as an i8 code from -127 to 127, rounded half to even; 0 where the scale is 0 or NaN, or x infinite."""
     lanes = lanes_of(x)
-    bits = T.bitwise_and(T.reinterpret(wide("int32", lanes), x), i32(0x7FFFFFFF, lanes))
-    return T.reinterpret(wide("float32", lanes), bits)
+    nearest = let(let(clamp(let(x / scale), -127.0, 127.0)) + f32(_MAGIC, lanes))
+    whole = T.reinterpret(wide("int32", lanes), nearest) - i32(_MAGIC_BITS, lanes)
+    return T.Cast(wide("int8", lanes), T.Select(scale > f32(0.0, lanes), whole, i32(0, lanes)))
 
 
 def _with_sign_of(x, magnitude):

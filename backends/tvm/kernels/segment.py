@@ -42,11 +42,12 @@ def tiling(isa, group, tokens):
 def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=False):
     """`run` and what else units are made of; `rows` is how many a unit has at most, in whole vectors.
 
-    Q f32 [rows, head_dim] queries; K and V the states; B block tables; W f32 [rows, COLUMNS] scores, then weights;
-    Y f32 [rows, head_dim] weighted values so far; A f32 [6, rows] by row: the maximum and the sum of exponentials so
-    far, the factors of what was so far and of what was folded in last, and the latter's maximum and sum.
+    Q f32 [rows, head_dim] queries; K, V, KS and VS the states and their scales; B block tables; W f32 [rows, COLUMNS]
+    scores, then weights; Y f32 [rows, head_dim] weighted values so far; A f32 [6, rows] by row: the maximum and the sum
+    of exponentials so far, the factors of what was so far and of what was folded in last, the latter's maximum and sum.
     """
     L = isa.lanes
+    scaled = kv_dtype == "i8"
     tiles = tiling(isa, group, tokens)
     product = tile(isa, group=group, kv_heads=kv_heads, head_dim=head_dim, scale=scale, kv_dtype=kv_dtype, ahead=ahead)
     rows = -(-max(low + height for low, height in tiles) // 16) * 16
@@ -63,8 +64,9 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=Fa
             before = height
 
     @T.inline
-    def weigh(W, A, row, valid):
-        """W[row] = e^(score - maximum), zero beyond the first `valid` keys; their maximum and sum."""
+    def weigh(W, A, VS, B, row, valid, table, head):
+        """W[row] = e^(score - maximum), zero beyond the first `valid` keys; their maximum and sum. Values' scales
+        go into weights, but not into their sum."""
         lane = T.alloc_buffer((L,), "float32", scope="local")
         lane[at(0, L)] = f32(_LOWEST, L)
         for j in T.serial(T.truncdiv(valid + L - 1, L)):
@@ -75,7 +77,14 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=Fa
         for j in T.serial(T.truncdiv(valid + L - 1, L)):
             e: T.let = exp(load(W, row * COLUMNS + j * L, L) - splat(highest, L))
             kept: T.let = T.Select(at(j * L, L) < splat(valid, L), e, f32(0.0, L))
-            W[at(row * COLUMNS + j * L, L)] = kept
+            if scaled:
+                block: T.let = T.Cast("int64", B[table + T.truncdiv(j * L, BLOCK)])
+                place: T.let = (block * kv_heads + head) * T.int64(BLOCK) + T.Cast("int64", T.truncmod(j * L, BLOCK))
+                W[at(row * COLUMNS + j * L, L)] = T.Select(
+                    at(j * L, L) < splat(valid, L), e * load(VS, place, L), f32(0.0, L)
+                )
+            else:
+                W[at(row * COLUMNS + j * L, L)] = kept
             lane[at(0, L)] = load(lane, 0, L) + kept
         A[4 * rows + row] = highest
         A[5 * rows + row] = tree_sum([lane[i] for i in range(L)])
@@ -101,17 +110,17 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=Fa
                 A[at(rows + v * L, L)] = T.Select(at(v * L, L) >= splat(first_row, L), sum_, total)
 
     @T.inline
-    def run(Q, K, V, B, W, Y, A, table, head, start, last, position, here, fresh, next_):
+    def run(Q, K, V, KS, VS, B, W, Y, A, table, head, start, last, position, here, fresh, next_):
         """The segment whose first key has position `start`, for a unit of `here` rows whose tokens have the positions
         `position` to `last`. B[table] is the segment's first block. `fresh`: nothing was folded into Y yet.
         `next_`, i32 [3], says what is read next (see `tile`), where `ahead` is asked for."""
         blocks: T.let = T.min(SEGMENT // BLOCK, T.truncdiv(last - start, BLOCK) + 1)
-        for_tiles(here, product.scores, Q, K, V, B, W, table, blocks, head)
+        for_tiles(here, product.scores, Q, K, V, KS, VS, B, W, table, blocks, head)
         for r in T.serial(here):
             valid: T.let = T.min(SEGMENT, position + T.truncdiv(r, group) + 1 - start)
             if valid > 0:
-                weigh(W, A, r, valid)
+                weigh(W, A, VS, B, r, valid, table, head)
         factors(A, A, 4 * rows, (start - position) * group, fresh)
-        for_tiles(here, product.values, K, V, B, W, Y, A, rows, table, head, start, position, fresh, next_, here)
+        for_tiles(here, product.values, K, V, KS, B, W, Y, A, rows, table, head, start, position, fresh, next_, here)
 
     return SimpleNamespace(run=run, factors=factors, rows=rows)

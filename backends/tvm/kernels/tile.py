@@ -28,6 +28,7 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
     L, VK = isa.lanes, BLOCK // isa.lanes
     registers = 32 if isa.lanes == 16 else 16
     whole, tail = head_dim // L, head_dim % L
+    scaled = kv_dtype == "i8"
     line = LINE // BYTES[kv_dtype]
     steps = line // BLOCK if ahead and line >= BLOCK and head_dim % (line // BLOCK) == 0 else 1
 
@@ -38,20 +39,28 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
             width *= 2
         return width
 
+    def scaled_scores(sums, KS, place):
+        scores_ = sums * f32(scale, L)
+        return scores_ * load(KS, place, L) if scaled else scores_
+
     @T.inline
-    def scores(Q, K, V, B, W, table, blocks, head, low, rows):
+    def scores(Q, K, V, KS, VS, B, W, table, blocks, head, low, rows):
         """W = scale · q · keys of `blocks` blocks, whose ids begin at B[table]. Several are taken at once; where none
         is left the last is taken again."""
         N = T.meta_var(blocks_at_once(rows))
         acc = T.alloc_buffer((rows * N * BLOCK,), "float32", scope="local")
         keys = T.alloc_buffer((N * BLOCK,), "float32", scope="local")
+        unit = T.alloc_buffer((N,), "int64", scope="local")
         base = T.alloc_buffer((N,), "int64", scope="local")
         for n in T.serial(T.truncdiv(blocks + N - 1, N)):
             for i in T.unroll(rows * N * VK):
                 acc[at(i * L, L)] = f32(0.0, L)
             for b in T.unroll(N):
                 block: T.let = T.Cast("int64", B[table + T.min(n * N + b, blocks - 1)])
-                base[b] = (block * kv_heads + head) * T.int64(head_dim * BLOCK)
+                unit[b] = (block * kv_heads + head) * T.int64(BLOCK)
+                base[b] = unit[b] * T.int64(head_dim)
+                if scaled and ahead:
+                    prefetch(VS, unit[b])
             for whole_line in T.serial(head_dim // steps):
                 if ahead:
                     for b in T.unroll(N):
@@ -70,13 +79,13 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
                             )
             for r in T.unroll(rows):
                 for i in T.unroll(N * VK):
-                    W[at((low + r) * COLUMNS + n * N * BLOCK + i * L, L)] = acc[at((r * N * VK + i) * L, L)] * f32(
-                        scale, L
+                    W[at((low + r) * COLUMNS + n * N * BLOCK + i * L, L)] = scaled_scores(
+                        acc[at((r * N * VK + i) * L, L)], KS, unit[i // VK] + T.int64(i % VK * L)
                     )
 
     @T.inline
     def column_values(
-        K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, lanes, C, first, rows
+        K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, lanes, C, first, rows
     ):
         acc = T.alloc_buffer((rows * C * lanes,), "float32", scope="local")
         of_key = T.alloc_buffer((C * lanes,), "float32", scope="local")
@@ -89,6 +98,8 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
             if ahead:
                 block: T.let = T.Cast("int64", B[next_[0] + T.min(b, next_[1] - 1)])
                 following[0] = (block * kv_heads + next_[2]) * T.int64(head_dim * BLOCK)
+                if scaled:
+                    prefetch(KS, (block * kv_heads + next_[2]) * T.int64(BLOCK))
             for j in T.serial(T.min(BLOCK, common - b * BLOCK)):
                 for c in T.unroll(C):
                     of_key[at(c * lanes, lanes)] = decode(
@@ -130,39 +141,25 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
                         )
 
     @T.inline
-    def values(K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, rows):
+    def values(K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, rows):
         """Folds the segment's weighted values into Y, by the factors in A [6, stride]. `start` is its first key's
         position, B[table] its first block; the unit has `here` rows. What will be read next are the keys of next_[1]
         blocks, from B[next_[0]] on, for head next_[2]."""
         C = T.meta_var(_columns(whole, (registers - 1) // (rows + 1)))
         for i in T.serial(whole // C):
+            columns = T.meta_var((L, C, i * (C * L)))
             column_values(
-                K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, L, C, i * (C * L), rows
+                K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, *columns, rows
             )
         if whole % C > 0:
-            rest = T.meta_var((L, whole % C, whole // C * C * L))
-            column_values(K, V, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, *rest, rows)
-        for i in T.serial(tail):
+            columns = T.meta_var((L, whole % C, whole // C * C * L))
             column_values(
-                K,
-                V,
-                B,
-                W,
-                Y,
-                A,
-                stride,
-                table,
-                head,
-                start,
-                position,
-                fresh,
-                next_,
-                here,
-                low,
-                1,
-                1,
-                whole * L + i,
-                rows,
+                K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, *columns, rows
+            )
+        for i in T.serial(tail):
+            columns = T.meta_var((1, 1, whole * L + i))
+            column_values(
+                K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, *columns, rows
             )
 
     return SimpleNamespace(scores=scores, values=values)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
+STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "i8": "int8"}
 """The dtype that a kernel's buffer of weights or KV has. LLVM's bf16 is avoided: its conversions are library calls."""
 
-BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}
 """Of one stored element."""
 
 LINE = 64
@@ -112,10 +112,10 @@ def tree_max(values):
 
 
 def decode(value, dtype, lanes=1):
-    """Stored elements (f32, f16 or bf16 bits) as float32; exact."""
+    """Stored elements (f32, f16, bf16 bits, or i8 codes without their scale) as float32; exact."""
     if dtype == "f32":
         return value
-    if dtype == "f16":
+    if dtype in ("f16", "i8"):
         return T.Cast(wide("float32", lanes), value)
     bits = T.Cast(wide("uint32", lanes), value)
     return T.reinterpret(wide("float32", lanes), T.shift_left(bits, u32(16, lanes)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from llmc.backends.tvm.kernels.decode import combine_splits, split_attention
 from tests.backends.tvm.machine import DTYPES, Array, Guarded, Kernel, f32, f64
 
 BLOCK = 16
+KV_DTYPES: dict[str, np.dtype[Any]] = {**DTYPES, "i8": np.dtype(np.int8)}
 
 
 @dataclass
@@ -63,15 +65,23 @@ class Batch:
         }
 
     @property
+    def scaled(self) -> bool:
+        """Whether the states are codes with scales."""
+        return self.kv_dtype == "i8"
+
+    @property
     def rotation(self) -> dict[str, Any]:
         """What says how queries and keys are rotated."""
         return {"rot_dim": self.rot_dim, "layout": self.layout}
 
     def empty(self) -> list[Guarded]:
-        """States in which everything is NaN."""
-        dtype = DTYPES[self.kv_dtype]
+        """States in which everything is NaN (codes: -1, of scale NaN)."""
+        dtype = KV_DTYPES[self.kv_dtype]
         shapes = (self.head_dim, BLOCK), (BLOCK, self.head_dim)
-        return [Guarded((self.blocks, self.kv_heads, *shape), dtype) for shape in shapes]
+        states = [Guarded((self.blocks, self.kv_heads, *shape), dtype) for shape in shapes]
+        if self.scaled:
+            states += [Guarded((self.blocks, self.kv_heads, BLOCK), np.float32) for _ in range(2)]
+        return states
 
     def slots(self, sequence: int, positions: Array) -> Array:
         """The slots of a sequence's positions."""
@@ -88,12 +98,17 @@ class Batch:
         )
         return states
 
-    def stored(self, sequence: int) -> tuple[Array, Array]:
-        """The keys and values of a sequence as they are stored, f32 [length, kv_heads, head_dim]."""
-        key, value = (s.array for s in self.states)
+    def stored(self, sequence: int, cast: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """The keys and values of a sequence as they are stored, [length, kv_heads, head_dim] in the dtype of `cast`."""
+        key, value, *scales = (s.array for s in self.states)
         positions = np.arange(self.lengths[sequence])
         block, offset = self.tables[sequence, positions // BLOCK], positions % BLOCK
-        return f32(key[block, :, :, offset]), f32(value[block, :, offset])
+        keys, values = cast(key[block, :, :, offset]), cast(value[block, :, offset])
+        if scales:
+            keys, values = (
+                x * cast(s[block, :, offset])[:, :, None] for x, s in zip((keys, values), scales, strict=True)
+            )
+        return keys, values
 
     def rows(self, chosen: list[tuple[int, int, int]], owned: bool = False) -> list[Array]:
         """qkv, cos and sin of (sequence, first position, count) groups. Keys and values are NaN unless `owned`."""
@@ -127,8 +142,11 @@ class Batch:
         for state, full in zip(states, self.states, strict=True):
             state.array[...] = full.array
         slots = np.concatenate([self.slots(s, np.array([p])) for s, p, _ in chosen])
-        states[0].array[slots // BLOCK, :, :, slots % BLOCK] = np.nan
-        states[1].array[slots // BLOCK, :, slots % BLOCK] = np.nan
+        block, offset = slots // BLOCK, slots % BLOCK
+        nothing = self.empty()
+        states[0].array[block, :, :, offset] = nothing[0].array[block, :, :, offset]
+        for state, poisoned in zip(states[1:], nothing[1:], strict=True):
+            state.array[block, :, offset] = poisoned.array[block, :, offset]
         positions = np.array([p for _, p, _ in chosen], np.int32)
         splits = -(-max(self.lengths) // self.split) + 1
         partial = Guarded((len(chosen), splits, self.q_heads * (self.head_dim + 2)), np.float32)
@@ -146,16 +164,16 @@ class Batch:
     def expected(self, sequence: int) -> tuple[Array, Array]:
         """All rows of a sequence [length, q_heads · head_dim]: in float64, and naively in float32."""
         n, group = self.lengths[sequence], self.q_heads // self.kv_heads
-        keys, values = self.stored(sequence)
         results = []
         for cast in (f64, f32):
+            keys, values = self.stored(sequence, cast)
             turned = rotated(
                 cast(self.qkv[sequence]), cast(self.cos[sequence]), cast(self.sin[sequence]), self.rot_dim, self.layout
             )
             out = np.empty((n, self.q_heads, self.head_dim), turned.dtype)
             for p in range(n):
                 for h in range(self.q_heads):
-                    k, v = (cast(a[: p + 1, h // group]) for a in (keys, values))
+                    k, v = (a[: p + 1, h // group] for a in (keys, values))
                     out[p, h] = attend(turned[p, h], k, v, self.scale)
             results.append(out.reshape(n, -1))
         return results[0], results[1]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from llmc.backends.tvm.isa import ISAS, Isa
 from llmc.backends.tvm.splits import SEGMENT
-from tests.backends.tvm.machine import DTYPES, FLAGS, V3, needs_v3, same_bits
-from tests.backends.tvm.paged import Batch
+from tests.backends.tvm.machine import FLAGS, V3, needs_v3, same_bits
+from tests.backends.tvm.paged import KV_DTYPES, Batch
 from tests.tolerance import assert_as_good_as
 
 pytestmark = needs_v3
@@ -22,7 +22,7 @@ HERE = [isa for isa in ISAS.values() if isa is V3 or {"avx512f", "avx512vl", "av
     isa=st.sampled_from(HERE),
     heads=st.sampled_from(HEADS),
     head_dim=st.sampled_from([8, 10, 12, 20, 64, 80, 100, 128, 256]),
-    dtype=st.sampled_from(sorted(DTYPES)),
+    dtype=st.sampled_from(sorted(KV_DTYPES)),
     lengths=st.lists(st.sampled_from([1, 5, 16, 17, 33, 100]), min_size=1, max_size=3),
     rotated=st.sampled_from([0.0, 0.5, 1.0]),
     layout=st.sampled_from(["half", "interleaved"]),
@@ -34,6 +34,8 @@ HERE = [isa for isa in ISAS.values() if isa is V3 or {"avx512f", "avx512vl", "av
 @example(V3, (2, 2), 20, "f16", [2 * SEGMENT + 3, 4 * SEGMENT + 40], 1.0, "half", 2 * SEGMENT, 2, 1)
 @example(HERE[-1], (3, 1), 64, "f16", [SEGMENT, 3 * SEGMENT + 7], 1.0, "half", SEGMENT, 5, 1)
 @example(HERE[-1], (2, 2), 18, "bf16", [3 * SEGMENT - 1, 17], 0.5, "interleaved", 2 * SEGMENT, 3, 1)
+@example(V3, (3, 1), 20, "i8", [SEGMENT + 30, 2 * SEGMENT + 17], 1.0, "half", SEGMENT, 3, 4)
+@example(HERE[-1], (9, 3), 64, "i8", [SEGMENT + 30, 2 * SEGMENT + 40], 1.0, "half", 2 * SEGMENT, 2, 5)
 @example(V3, (1, 1), 20, "f32", [SEGMENT + 1], 0.0, "half", SEGMENT, 3, 2)
 @example(V3, (7, 1), 12, "bf16", [SEGMENT, 17], 0.0, "half", 2 * SEGMENT, 2, 3)
 def test_attention(

@@ -32,6 +32,7 @@ ALL: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (cache.append, {**HEADS, "kv_dtype": "bf16"}),
     (attention.attention, {**HEADS, "scale": 0.2, "rot_dim": 20}),
     (decode.split_attention, {**HEADS, "scale": 0.2, "splits": 3}),
+    (decode.split_attention, {**HEADS, "scale": 0.2, "splits": 3, "kv_dtype": "i8"}),
     (decode.combine_splits, {"q_heads": 6, "head_dim": 20, "splits": 3}),
     (rows.gather_rows, {"width": 20}),
     (rows.argmax, {"n": 50}),

@@ -28,9 +28,9 @@ MODELS: dict[str, Callable[..., Graph]] = {"rotary": rotary_model, "learned": le
 LONGEST = 64
 
 
-def lowered(name: str, entry: str) -> tuple[Graph, Graph]:
+def lowered(name: str, entry: str, kv: DType = DType.F32) -> tuple[Graph, Graph]:
     """A step under an entry point's bounds, and what runs there."""
-    step = step_pipeline(DType.F32, 4).run(MODELS[name](layers=2))
+    step = step_pipeline(kv, 4).run(MODELS[name](layers=2))
     before, after = (dict(specialised(g, Limits()))[entry] for g in (step, lower(step, LONGEST)))
     return before, entry_graph(entry, after, LONGEST)
 
@@ -44,9 +44,10 @@ def run(graph: Graph, given: Graph) -> list[Array]:
 
 @pytest.mark.parametrize("entry", ["decode", "prefill"])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_the_same_function(name: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv", [DType.F32, DType.I8])
+def test_the_same_function(kv: DType, name: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmc.backends.tvm.lower_attention.split_length", lambda longest: 7)
-    before, after = lowered(name, entry)
+    before, after = lowered(name, entry, kv)
     verify(after)
     counts = Counter(n.op.name for n in after.nodes)
     if entry == "decode":
@@ -68,8 +69,8 @@ def test_cost_grows_with_the_context_alone() -> None:
         sizes = {"tokens": 1, "max_blocks": blocks, "num_blocks": 1}
         return node.op.cost(*(v.type.substitute(dict(sizes)) for v in node.inputs)).bytes
 
-    node, op = next((n, n.op) for n in after.nodes if isinstance(n.op, SplitAttention))
-    key = node.inputs[op.leading + 1].type
+    node = next(n for n in after.nodes if isinstance(n.op, SplitAttention))
+    key = next(v for v in node.inputs if v in after.states).type
     one_block = 2 * key.substitute({"num_blocks": 1}).bytes + 2 * 4  # keys and values, and an entry of the table
     assert traffic(node, 3) - traffic(node, 2) <= one_block
     assert traffic(node, 1) < 4 * one_block
