@@ -146,7 +146,7 @@ def append_codes(k: Array, v: Array, slots: Array, *states: Array) -> tuple[Arra
 
 
 STATES = (TensorType(DType.F16, (3, 1, 2, 4)), TensorType(DType.F16, (3, 1, 4, 2)))
-CODES = (*(replace(t, dtype=DType.I8) for t in STATES), f(3, 1, 4), f(3, 1, 4))
+CODED_STATES = (*(replace(t, dtype=DType.I8) for t in STATES), f(3, 1, 4), f(3, 1, 4))
 PAGED = (f(3, 1, 2, 4), f(3, 1, 4, 2))
 TABLES = np.array([[2, 0], [1, 0]])
 
@@ -202,13 +202,7 @@ def fake(x: Array) -> Array:
     return back
 
 
-def absmax_q8(w: Array) -> tuple[Array, Array]:
-    """One group a row."""
-    w = np.pad(w, ((0, 0), (0, 32 - w.shape[1])))
-    scales = (np.abs(w).max(1, keepdims=True).astype(np.float32) / np.float32(127)).astype(np.float16)
-    return 128 + np.rint(w.astype(np.float32) / scales.astype(np.float32)), scales
-
-
+EIGHT_BITS = np.array([np.arange(32) * 8 - 127, np.zeros(32)])
 CODES = np.random.default_rng(3).integers(0, 16, (4, 64))
 POSITIONS = {3: np.arange(SIZE)}
 TABLE = np.arange(12.0).reshape(4, 3).astype(np.float32)
@@ -258,12 +252,17 @@ EXAMPLES = [
         (f(T, 3), f(4, 3), f(4)),
         lambda x, w, b: silu(x @ w[:2].T + b[:2]) * (x @ w[2:].T + b[2:]),
     ),
-    Example(QuantizeWeight("q8"), (f(4, 30),), absmax_q8),
     Example(
         QuantizeWeight("q4"),
         (f(2, 32),),
         lambda w: (np.array([np.arange(32) % 16, np.full(32, 8)]), np.array([[0.5], [0]])),
         {0: np.array([np.arange(32) % 16 - 8.0, np.zeros(32)]) / 2},
+    ),
+    Example(
+        QuantizeWeight("q8"),
+        (f(2, 32),),
+        lambda w: (128 + EIGHT_BITS, np.array([[0.5], [0]])),
+        {0: EIGHT_BITS / 2},
     ),
     Example(DequantizeWeight("q8", 33), weight_types(4, 2), lambda c, s: dequantized(c, s, 128, 33)),
     Example(DequantizeWeight("q4", 64), weight_types(4, 2), lambda c, s: dequantized(c, s, 8, 64), {0: CODES}),
@@ -349,16 +348,16 @@ EXAMPLES = [
         {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
     ),
     Example(KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), *STATES), append, {2: SLOTS}),
-    Example(KvAppend(1, 2, scaled=True), (f(T, 2), f(T, 2), i(T), *CODES), append_codes, {2: SLOTS}),
+    Example(KvAppend(1, 2, scaled=True), (f(T, 2), f(T, 2), i(T), *CODED_STATES), append_codes, {2: SLOTS}),
     Example(
         PagedAttention(2, 1, 2, 0.5, scaled=True),
-        (f(5, 4), *CODES, i(5), i(3), i(2, 2)),
+        (f(5, 4), *CODED_STATES, i(5), i(3), i(2, 2)),
         lambda q, key, value, ks, vs, *rest: paged(q, key * ks[:, :, None], value * vs[..., None], *rest),
         {5: np.array([3, 4, 5, 0, 1]), 6: np.array([0, 3, 5]), 7: TABLES},
     ),
     Example(
         QkvAppend(2, 1, 2, scaled=True),
-        (f(T, 8), i(T), *CODES),
+        (f(T, 8), i(T), *CODED_STATES),
         lambda x, slots, *states: (x[:, :4], *append_codes(x[:, 4:6], x[:, 6:], slots, *states)),
         {1: SLOTS},
     ),
