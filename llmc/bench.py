@@ -13,6 +13,7 @@ import numpy as np
 from llmc.ir.errors import LlmcError
 from llmc.packages import open_package
 from llmc.runtime.batch import Chunk
+from llmc.runtime.timings import Profile
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,9 @@ def bench_package(
     context or the batch is larger than the package's.
     """
     start = time.perf_counter()
-    model = open_package(folder).load(threads=threads)
+    model = open_for(folder, depth + prefill + decode, batch, threads)
     load_seconds = time.perf_counter() - start
-    engine, limit = model.sequence().engine, model.info["model"]["max_sequence_length"]
-    if depth + prefill + decode > limit:
-        raise LlmcError(
-            f"depth {depth} + prefill {prefill} + decode {decode} is more than the package's context of {limit} tokens"
-        )
-    if batch > engine.max_sequences:
-        raise LlmcError(f"batch {batch}: the package decodes at most {engine.max_sequences} sequences together")
-    executor = engine.executor
+    executor = model.sequence().engine.executor
     tokens = np.random.default_rng(0).integers(0, executor.vocab_size, depth + prefill + decode).tolist()
     rows = [_run(model, tokens, prefill, decode, depth, batch) for _ in range(repeat)]
     prefill_seconds, decode_seconds, bandwidth = (statistics.median(column) for column in zip(*rows, strict=True))
@@ -95,31 +89,56 @@ def bench_package(
     return report
 
 
+def open_for(folder: Path, tokens: int, batch: int, threads: int | None) -> Any:
+    """A package's model, when its context holds `tokens` tokens and it decodes `batch` sequences together.
+
+    Raises `LlmcError` otherwise.
+    """
+    model = open_package(folder).load(threads=threads)
+    limit, most = model.info["model"]["max_sequence_length"], model.sequence().engine.max_sequences
+    if tokens > limit:
+        raise LlmcError(f"{tokens} tokens of context and decode are more than the package's context of {limit} tokens")
+    if batch > most:
+        raise LlmcError(f"batch {batch}: the package decodes at most {most} sequences together")
+    return model
+
+
+def filled_sequences(model: Any, tokens: list[int], batch: int) -> list[Any]:
+    """`batch` sequences that hold the tokens; no forks: every one reads keys and values of its own."""
+    sequences = [model.sequence() for _ in range(batch)]
+    for sequence in sequences if tokens else ():
+        sequence.prefill(tokens)
+    return sequences
+
+
+def decode_steps(sequences: list[Any], tokens: list[int], profile: Profile | None = None) -> float:
+    """Seconds for a step of all sequences with each of the tokens."""
+    engine = sequences[0].engine
+    start = time.perf_counter()
+    for token in tokens:
+        ids = np.array([token], np.int32)
+        with engine.exclusive():
+            for sequence in sequences:
+                sequence.begin(ids)
+            engine.forward([Chunk(sequence.table, ids, 1) for sequence in sequences], profile)
+    return time.perf_counter() - start
+
+
 def _run(
     model: Any, tokens: list[int], prefill: int, decode: int, depth: int, batch: int
 ) -> tuple[float, float, float]:
     """Seconds of one prefill and of all decode steps, and the bandwidth around the latter."""
-    engine = model.sequence().engine
-    library, weights = engine.executor.library, engine.executor.weights
+    executor = model.sequence().engine.executor
+    library, weights = executor.library, executor.weights
     first = model.sequence()
     if depth:
         first.prefill(tokens[:depth])
     start = time.perf_counter()
     first.prefill(tokens[depth : depth + prefill])
     prefill_seconds = time.perf_counter() - start
-    sequences = [first]
-    while len(sequences) < batch:  # not forks: every sequence reads keys and values of its own
-        sequences.append(model.sequence())
-        sequences[-1].prefill(tokens[: depth + prefill])
+    sequences = [first, *filled_sequences(model, tokens[: depth + prefill], batch - 1)]
     before = library.read_bandwidth(weights)
-    start = time.perf_counter()
-    for token in tokens[depth + prefill :]:
-        ids = np.array([token], np.int32)
-        with engine.exclusive():
-            for sequence in sequences:
-                sequence.begin(ids)
-            engine.forward([Chunk(sequence.table, ids, 1) for sequence in sequences])
-    decode_seconds = time.perf_counter() - start
+    decode_seconds = decode_steps(sequences, tokens[depth + prefill :])
     after = library.read_bandwidth(weights)
     for sequence in sequences:
         sequence.free()

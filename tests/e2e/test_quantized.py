@@ -86,3 +86,22 @@ def test_other_architectures(format: str, load: Load) -> None:
     for name in ("gpt-nano-sort", "stories260K"):
         report = load(fixture_path(f"models/{name}") / "hf", quant=format).verify()
         assert report.ok, str(report)
+
+
+def test_a_layer_of_a_decode_step_has_five_barriers(compiled: Callable[..., Path]) -> None:
+    """After queries, keys and values; attention; its output; gate and up; down. Norms, rotations, the quantization of
+    activations, residual additions and the largest logit are inside these or repeated by every task."""
+    plan = json.loads((compiled(PICOCODE, quant="q4") / "plan.json").read_text())
+    decode = plan["entries"]["decode"]["launches"]
+    kinds = [plan["kernels"][launch["kernel"]].rpartition("_")[0] for launch in decode if not launch["each"]]
+    layer = ["quantized_linear", "split_attention", "quantized_linear", "quantized_gated_linear", "quantized_linear"]
+    assert kinds == [*layer * 6, "quantized_linear", "best_of_panels"]
+    repeated = {plan["kernels"][launch["kernel"]].rpartition("_")[0] for launch in decode if launch["each"]}
+    assert repeated == {
+        "quantized_embedding",
+        "rotary_table",
+        "rms_norm",
+        "combine_splits",
+        "quantize_tiles",
+        "gather_rows",
+    }
