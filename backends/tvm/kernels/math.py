@@ -56,7 +56,24 @@ def _with_sign_of(x, magnitude):
 def exp(x):
     """e^x: 1.0 units in the last place, zero below -104, infinity above 88.73. After Cephes, expf."""
     lanes = lanes_of(x)
-    x = let(clamp(let(x), -104.0, 89.0))
+    mantissa, n = _exp_parts(let(clamp(let(x), -104.0, 89.0)))
+    # Two factors: one power of two cannot reach subnormal results, or infinity.
+    half = let(T.shift_right(n, i32(1, lanes)))
+    return mantissa * _two_to(half) * _two_to(n - half)
+
+
+def exp_of_difference(x):
+    """e^x for x <= 0, as `exp`; zero below -80. Beside a largest weight of 1 what is left out is nothing, and subnormal
+    weights would slow every product that they go into down, to two thirds of its speed and less."""
+    lanes = lanes_of(x)
+    x = let(x)
+    mantissa, n = _exp_parts(let(T.Select(x < f32(-80.0, lanes), f32(-80.0, lanes), x)))
+    return T.Select(x < f32(-80.0, lanes), f32(0.0, lanes), mantissa * _two_to(n))
+
+
+def _exp_parts(x):
+    """e^x as mantissa · 2^n."""
+    lanes = lanes_of(x)
     t = let(fma(x, f32(1.44269504088896341, lanes), f32(_MAGIC, lanes)))
     n = let(T.reinterpret(wide("int32", lanes), t) - i32(_MAGIC_BITS, lanes))
     whole = let(t - f32(_MAGIC, lanes))
@@ -64,10 +81,7 @@ def exp(x):
     p = polynomial(
         r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
     )
-    mantissa = fma(p, r * r, r) + f32(1.0, lanes)
-    # Two factors: one power of two cannot reach subnormal results, or infinity.
-    half = let(T.shift_right(n, i32(1, lanes)))
-    return mantissa * _two_to(half) * _two_to(n - half)
+    return fma(p, r * r, r) + f32(1.0, lanes), n
 
 
 def _two_to(n):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.cache import BLOCK
-from llmc.backends.tvm.kernels.math import exp
+from llmc.backends.tvm.kernels.math import exp, exp_of_difference
 from llmc.backends.tvm.kernels.tile import COLUMNS, rows_at_most, tile
 from llmc.backends.tvm.kernels.vector import at, f32, fma, load, splat, tree_max, tree_sum
 from llmc.backends.tvm.splits import SEGMENT
@@ -75,7 +75,7 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=Fa
         highest: T.let = tree_max([lane[i] for i in range(L)])
         lane[at(0, L)] = f32(0.0, L)
         for j in T.serial(T.truncdiv(valid + L - 1, L)):
-            e: T.let = exp(load(W, row * COLUMNS + j * L, L) - splat(highest, L))
+            e: T.let = exp_of_difference(load(W, row * COLUMNS + j * L, L) - splat(highest, L))
             kept: T.let = T.Select(at(j * L, L) < splat(valid, L), e, f32(0.0, L))
             if scaled:
                 block: T.let = T.Cast("int64", B[table + T.truncdiv(j * L, BLOCK)])
