@@ -16,6 +16,7 @@ from llmc.compile_report import CompileReport
 from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
 from llmc.entries import specialised
 from llmc.importers.hf import ImportedModel, import_model
+from llmc.interrupts import interrupts_noticed
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
@@ -38,11 +39,20 @@ def compile_model(
 
     Raises `LlmcError` with one clear message; then nothing is left at `output`.
     """
-    report = CompileReport(output.absolute(), progress)
     name = check_name(options.name or output.absolute().name)
     target = parse_target(options.target, host_flags())
     quant = read_quantization(options.quant)
-    with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
+    with (
+        interrupts_noticed() as check_interrupt,
+        PackageWriter(output, options.force) as package,
+        tempfile.TemporaryDirectory(prefix="llmc-") as scratch,
+    ):
+
+        def begin(phase: str) -> None:
+            check_interrupt()
+            progress(phase)
+
+        report = CompileReport(output.absolute(), begin)
         with report.phase("import"):
             imported = import_model(
                 model,
@@ -91,6 +101,7 @@ def compile_model(
         manifest = make_manifest(
             name, imported, kernels, described(quant, step), kv_dtype, target, backend.versions, report.sizes
         )
+        check_interrupt()
         package.finish(manifest)
     if options.wheel:
         report.wheel = write_wheel(report.package, manifest, name)

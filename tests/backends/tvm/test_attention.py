@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from llmc.backends.tvm.isa import ISAS, Isa
 from llmc.backends.tvm.splits import SEGMENT
-from tests.backends.tvm.machine import FLAGS, V3, needs_v3, same_bits
+from tests.backends.tvm.machine import V3, needs_v3, runs_here, same_bits
 from tests.backends.tvm.paged import KV_DTYPES, Batch
 from tests.tolerance import assert_as_good_as
 
 pytestmark = needs_v3
 HEADS = [(1, 1), (2, 2), (4, 2), (3, 1), (7, 1), (9, 3), (14, 2), (8, 1), (26, 2)]
-HERE = [isa for isa in ISAS.values() if isa is V3 or {"avx512f", "avx512vl", "avx512bw", "avx512dq"} <= FLAGS]
+HERE = [isa for isa in ISAS.values() if runs_here(isa)]
 
 
 @settings(max_examples=12)
