@@ -49,9 +49,12 @@ class DType(enum.Enum):
 
     @property
     def oracle(self) -> np.dtype[Any]:
-        """The numpy type in which the interpreter computes: float64, int64 or bool."""
+        """The numpy type in which the interpreter computes: float64, int64 or bool. Codes of weights (u8), which are
+        many and only converted, stay as they are."""
         if self.is_float:
             return np.dtype(np.float64)
+        if self is DType.U8:
+            return np.dtype(np.uint8)
         return np.dtype(np.bool_) if self is DType.BOOL else np.dtype(np.int64)
 
     def __str__(self) -> str:

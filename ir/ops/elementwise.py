@@ -235,7 +235,7 @@ class Cast(Op):
         x = arrays[0]
         if self.dtype in (DType.F16, DType.BF16):
             x = x.astype(np.float32).astype(self.dtype.numpy)
-        return (x.astype(self.dtype.oracle),)
+        return (x.astype(self.dtype.oracle, copy=False),)  # a weight in float64 is large enough once
 
     def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:
         return 0

@@ -16,6 +16,9 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.quant.format import QuantFormat
 from llmc.ir.types import DType, TensorType
 
+_ROWS = 4096
+"""Rows of a weight that are dequantized at a time."""
+
 SMALLEST = np.float32(1e-30)
 """A group of activations whose largest magnitude is below this has zero codes: its inverse would overflow."""
 
@@ -71,7 +74,7 @@ class QuantizeWeight(Quantized):
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
         codes, scales = self.quant.quantize(arrays[0])
-        return codes.astype(np.int64), scales.astype(np.float64)
+        return codes, scales.astype(np.float64)
 
     def pack(
         self, types: Sequence[TensorType], results: Sequence[TensorType], arrays: Sequence[Array]
@@ -92,7 +95,12 @@ class DequantizeWeight(Quantized):
         return (TensorType(DType.F32, (types[0].shape[0], self.width)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (self.quant.dequantize(arrays[0], arrays[1], self.width).astype(np.float64),)
+        codes, scales = arrays
+        weights = np.empty((len(codes), self.width))
+        for start in range(0, len(codes), _ROWS):  # a whole table in float32 beside it would be too much
+            block = slice(start, start + _ROWS)
+            weights[block] = self.quant.dequantize(codes[block], scales[block], self.width)
+        return (weights,)
 
     def bytes_read(self, operands: Sequence[TensorType]) -> int:
         return self.weight_bytes(operands[0], operands[1])

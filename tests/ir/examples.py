@@ -178,7 +178,7 @@ def dequantized(codes: Array, scales: Array, zero: int, width: int) -> Array:
     """Weights, one by one."""
     out = np.zeros((len(codes), width))
     for row, column in np.ndindex(out.shape):
-        out[row, column] = (codes[row, column] - zero) * scales[row, column // 32]
+        out[row, column] = (int(codes[row, column]) - zero) * scales[row, column // 32]
     return out
 
 
