@@ -11,6 +11,7 @@ from llmc.importers.model_info import ModelInfo
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array
+from llmc.ir.target import Target
 from llmc.ir.types import DType
 from llmc.options import CompileOptions
 from llmc.passes.pipelines import model_pipeline
@@ -30,12 +31,18 @@ CODE_STEP = 1 / 127
 1/127 of the largest activation of a group."""
 
 
+ROUNDED = 1e-2
+"""The same where a target rounds activations to bf16 for products with bf16 weights: 2^-9 each, which sums over a model
+make up in part; 1.1e-3 was measured on examples/picocode."""
+
+
 def make_checks(
     graph: Graph,
     load: Callable[[str], Array],
     info: ModelInfo,
     kv: DType,
     quant: Quantize | None,
+    target: Target,
     options: CompileOptions,
 ) -> dict[str, Any]:
     """checks.json: for each prompt the largest logits after its last token, and their scale. The reference has the
@@ -59,8 +66,11 @@ def make_checks(
                 "max_abs": round(float(np.abs(logits).max()), 7),
             }
         )
+    rounded = any(v.rounds_activations for v in target.variants) and any(
+        v.type.dtype is DType.BF16 for v in graph.params
+    )
     return {
         "cases": cases,
-        "tolerance": TOLERANCE[kv] if quant is None else max(TOLERANCE[kv], CODE_STEP),
+        "tolerance": max(TOLERANCE[kv], CODE_STEP if quant else 0.0, ROUNDED if rounded else 0.0),
         "reference": "float64 interpreter",
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.math import activate
+from llmc.backends.tvm.kernels.pairs import pair_matmul
 from llmc.backends.tvm.kernels.vector import STORAGE, at, decode, f32, fma, load, share, specialised, splat
 from llmc.backends.tvm.packing import HALF, PANEL
 
@@ -81,6 +82,8 @@ def store_panel(result, S, base, row, panel, B, R, Y, place, n, columns, lanes):
 
 def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, residual):
     """`columns`: outputs of one panel; `result` as `linear_result` gives it."""
+    if isa.bf16_pairs and weight_dtype == "bf16":
+        return pair_matmul(symbol, isa, rows_dim, n, k, columns, result, store_panel, bias, residual)
     L, V = isa.lanes, isa.vectors
     panels = -(-n // columns)
     row_tile = isa.row_tile
