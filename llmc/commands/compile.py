@@ -25,8 +25,8 @@ def command(
     target: Annotated[
         str,
         typer.Option(
-            help="cpu (this machine), cpu:portable, cpu:VARIANT,VARIANT (x86-64-v3, x86-64-v4, avx512-vnni, avx512-bf16)"
-            " or cpu:aarch64."
+            help="cpu (this machine), cpu:portable, cpu:aarch64, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4,"
+            " avx512-vnni, avx512-bf16."
         ),
     ] = "cpu",
     quant: Annotated[
