@@ -10,19 +10,8 @@ from typing import Any
 from llmc.backends.tvm.lower_attention import lower_append, lower_attention
 from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
-from llmc.backends.tvm.tiled_ops import (
-    AddLayerNormTiles,
-    AddRmsNormTiles,
-    BestOfPanels,
-    LayerNormTiles,
-    RmsNormTiles,
-    TiledEmbedding,
-    TiledGatedLinear,
-    TiledGatedLinearTiles,
-    TiledLinear,
-    TiledLinearKeys,
-    TiledLinearTiles,
-)
+from llmc.backends.tvm.tile_fusions import TILE_FUSIONS
+from llmc.backends.tvm.tiled_ops import BestOfPanels, TiledEmbedding, TiledGatedLinear, TiledLinear
 from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
@@ -44,26 +33,13 @@ _NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2}
 """Where a norm's weights begin among its operands."""
 
 
-_TILES = (
-    RmsNormTiles,
-    LayerNormTiles,
-    AddRmsNormTiles,
-    AddLayerNormTiles,
-    TiledGatedLinearTiles,
-    TiledLinearTiles,
-    TiledLinearKeys,
-)
-"""Launches that also do what follows: quantize what they make, so that most activations are written once, as codes; or
-note the largest logit."""
-
-
 def lower(graph: Graph, longest: int) -> Graph:
     """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none.
 
     A sequence has `longest` tokens at most.
     """
     lowering = _Lowering(graph, longest)
-    return rewrite(graph.map(lowering.node), [_FuseIntoProducer(op) for op in _TILES]).graph
+    return rewrite(graph.map(lowering.node), [_FuseIntoProducer(op) for op in TILE_FUSIONS]).graph
 
 
 class _FuseIntoProducer(Fuse):

@@ -9,20 +9,16 @@ from typing import Any, TypeVar
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention
 from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
-from llmc.backends.tvm.tiled_ops import (
+from llmc.backends.tvm.tile_fusions import (
     AddLayerNormTiles,
     AddRmsNormTiles,
-    BestOfPanels,
     LayerNormTiles,
-    QuantizeTiles,
     RmsNormTiles,
-    TiledEmbedding,
-    TiledGatedLinear,
     TiledGatedLinearTiles,
-    TiledLinear,
     TiledLinearKeys,
     TiledLinearTiles,
 )
+from llmc.backends.tvm.tiled_ops import BestOfPanels, QuantizeTiles, TiledEmbedding, TiledGatedLinear, TiledLinear
 from llmc.ir.op import Node, Op, Value
 from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Mul, MulScalar
 from llmc.ir.ops.embedding import Embedding

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -217,101 +216,6 @@ def _weight(b: Emitter, panels: Value, scales: Value, format: str, rows: int, wi
     return result
 
 
-class _Tiles(Op, abstract=True):
-    """An op whose last result is quantized in the same launch: its decomposition is the op and `quantize_tiles`."""
-
-    stage = "step"
-    result_count = 3
-
-    def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        *first, last = self.plain(b, *values)
-        return *first, *b.quantize_tiles(last)
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        """The results before the last one is quantized."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class RmsNormTiles(_Tiles):
-    """`rms_norm`, quantized."""
-
-    eps: float
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        x, weight = values
-        return (b.rms_norm(x, weight, eps=self.eps),)
-
-
-@dataclass(frozen=True)
-class AddRmsNormTiles(_Tiles):
-    """`add_rms_norm`; the sum stays in float32, the normal is quantized."""
-
-    eps: float
-
-    result_count = 4
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        x, residual, weight = values
-        total, normal = b.add_rms_norm(x, residual, weight, eps=self.eps)
-        return total, normal
-
-
-@dataclass(frozen=True)
-class LayerNormTiles(_Tiles):
-    """`layer_norm`, quantized."""
-
-    eps: float
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        x, weight, bias = values
-        return (b.layer_norm(x, weight, bias, eps=self.eps),)
-
-
-@dataclass(frozen=True)
-class AddLayerNormTiles(_Tiles):
-    """`add_layer_norm`; the sum stays in float32, the normal is quantized."""
-
-    eps: float
-
-    result_count = 4
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        x, residual, weight, bias = values
-        total, normal = b.add_layer_norm(x, residual, weight, bias, eps=self.eps)
-        return total, normal
-
-
-@dataclass(frozen=True)
-class TiledGatedLinearTiles(_Tiles):
-    """`tiled_gated_linear`, quantized."""
-
-    format: str
-    rows: int
-    width: int
-    activation: str
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        codes, scales, offsets, panels, panel_scales = values
-        op = TiledGatedLinear(self.format, self.rows, self.width, self.activation)
-        return (b(op, codes, scales, offsets, panels, panel_scales),)
-
-
-@dataclass(frozen=True)
-class TiledLinearTiles(_Tiles):
-    """`tiled_linear` with a bias and an activation, quantized."""
-
-    format: str
-    rows: int
-    width: int
-    activation: str
-
-    def plain(self, b: Emitter, *values: Value) -> tuple[Any, ...]:
-        codes, scales, offsets, panels, panel_scales, bias = values
-        op = TiledLinear(self.format, self.rows, self.width, True, self.activation)
-        return (b(op, codes, scales, offsets, panels, panel_scales, bias),)
-
-
 @dataclass(frozen=True)
 class PanelKeys(Op):
     """logits f32 [m, n] -> i64 [m, ceil(n / 16)]: of each 16 columns the largest logit and its column, as one number
@@ -348,21 +252,3 @@ class BestOfPanels(Op):
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
         return (0x7FFFFFFF - (arrays[0].max(1) & 0x7FFFFFFF),)
-
-
-@dataclass(frozen=True)
-class TiledLinearKeys(Op):
-    """`tiled_linear` of logits, and their `panel_keys`. Results: logits f32 [m, rows], keys."""
-
-    format: str
-    rows: int
-    width: int
-
-    stage = "step"
-    result_count = 2
-
-    def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        codes, scales, offsets, panels, panel_scales = values
-        op = TiledLinear(self.format, self.rows, self.width)
-        logits = b(op, codes, scales, offsets, panels, panel_scales)
-        return logits, b.panel_keys(logits)
