@@ -124,3 +124,12 @@ def test_bench(package: Path, llmc: Llmc) -> None:
     assert status == 0 and report["decode_tokens_per_second"] > 0 and report["share_of_bandwidth"] > 0
     status, _, err = llmc("bench", package, "--prefill", "2000")
     assert status == 2 and "1024" in err
+
+
+def test_bench_ledger(package: Path, llmc: Llmc) -> None:
+    status, out, _ = llmc("bench", package, "--ledger", "--prefill", "20", "--decode", "4", "--repeat", "1", "--json")
+    ledger = json.loads(out)
+    assert status == 0 and ledger["coverage"] > 0
+    assert sum(row["seconds"] for row in ledger["rows"]) == pytest.approx(ledger["sum_seconds"])
+    status, _, err = llmc("bench", package, "--ledger", "--prefill", "2000")
+    assert status == 2 and "1024" in err
