@@ -16,7 +16,6 @@ from llmc.compile_report import CompileReport
 from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
 from llmc.entries import specialised
 from llmc.importers.hf import ImportedModel, import_model
-from llmc.interrupts import interrupts_noticed
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
@@ -42,17 +41,8 @@ def compile_model(
     name = check_name(options.name or output.absolute().name)
     target = parse_target(options.target, host_flags())
     quant = read_quantization(options.quant)
-    with (
-        interrupts_noticed() as check_interrupt,
-        PackageWriter(output, options.force) as package,
-        tempfile.TemporaryDirectory(prefix="llmc-") as scratch,
-    ):
-
-        def begin(phase: str) -> None:
-            check_interrupt()
-            progress(phase)
-
-        report = CompileReport(output.absolute(), begin)
+    report = CompileReport(output.absolute(), progress)
+    with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
         with report.phase("import"):
             imported = import_model(
                 model,
@@ -101,7 +91,6 @@ def compile_model(
         manifest = make_manifest(
             name, imported, kernels, described(quant, step), kv_dtype, target, backend.versions, report.sizes
         )
-        check_interrupt()
         package.finish(manifest)
     if options.wheel:
         report.wheel = write_wheel(report.package, manifest, name)

@@ -118,7 +118,9 @@ def test_a_disk_that_fills_up(output: Path) -> None:
 
 
 def test_an_interrupt_halfway(output: Path) -> None:
-    command = [sys.executable, "-m", "llmc", "compile", str(PICOCODE), "-o", str(output)]
+    # A shell that starts the tests in the background has them, and so this process, ignore interrupts.
+    heeding = ["env", "--default-signal=INT"]
+    command = [*heeding, sys.executable, "-m", "llmc", "compile", str(PICOCODE), "-o", str(output)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (output.parent.exists() and any(output.parent.iterdir())) and time.monotonic() < deadline:
