@@ -9,11 +9,13 @@ from llmc.ir.errors import LlmcError, nearest
 
 @dataclass(frozen=True)
 class CpuVariant:
-    """One CPU instruction set. `requires`: features by their names in /proc/cpuinfo; `machine`: as `uname -m` says."""
+    """One CPU instruction set. `requires`: features by their names in /proc/cpuinfo; `machine`: as `uname -m` says;
+    `rounds`: whether its kernels round activations to the dtype of bf16 weights, which must be asked for."""
 
     name: str
     requires: tuple[str, ...]
     machine: str = "x86_64"
+    rounds: bool = False
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
@@ -24,6 +26,7 @@ CPU_VARIANTS: dict[str, CpuVariant] = {
         CpuVariant("x86-64-v3", ("avx2", "fma", "f16c", "bmi2")),
         CpuVariant("x86-64-v4", _AVX512),
         CpuVariant("avx512-vnni", (*_AVX512, "avx512_vnni")),
+        CpuVariant("avx512-bf16", (*_AVX512, "avx512_vnni", "avx512_bf16"), rounds=True),
         CpuVariant("aarch64", ("asimd", "asimdhp", "asimddp"), "aarch64"),
     )
 }
@@ -48,12 +51,15 @@ class Target:
 
 def parse_target(text: str, host_flags: frozenset[str]) -> Target:
     """A target from the command line: `cpu` is the best variant for this machine, `cpu:portable` those of `PORTABLE`,
-    or `cpu:x86-64-v3,x86-64-v4`. Raises `LlmcError` naming what is known."""
+    or `cpu:x86-64-v3,x86-64-v4`. Raises `LlmcError` naming what is known.
+
+    `avx512-bf16` is only ever chosen by its name: it is faster where weights are bf16 and rows many, but it rounds
+    activations to bf16 too, and so loses accuracy that unquantized packages keep otherwise."""
     kind, _, rest = text.partition(":")
     if kind != "cpu":
         raise LlmcError(f"target {text!r}: this version compiles for 'cpu'; known variants: {', '.join(CPU_VARIANTS)}")
     if not rest:
-        fitting = [v for v in CPU_VARIANTS.values() if set(v.requires) <= host_flags]
+        fitting = [v for v in CPU_VARIANTS.values() if not v.rounds and set(v.requires) <= host_flags]
         if not fitting:
             raise LlmcError(f"target 'cpu': this machine supports none of {', '.join(CPU_VARIANTS)}")
         return Target("cpu", (fitting[-1],))

@@ -7,9 +7,12 @@ several panels at once instead, which gives the fused multiply-add units enough 
 
 from __future__ import annotations
 
+from functools import partial
+
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.math import activate
+from llmc.backends.tvm.kernels.outputs import gated_result, linear_result, store_panel
+from llmc.backends.tvm.kernels.pairs import pair_matmul
 from llmc.backends.tvm.kernels.vector import STORAGE, at, decode, f32, fma, load, share, specialised, splat
 from llmc.backends.tvm.packing import HALF, PANEL
 
@@ -25,61 +28,25 @@ def linear(symbol, isa, *, rows_dim, n, k, weight_dtype, bias=False, epilogue="n
     y f32 [rows, n]."""
 
     result = linear_result(n, bias, epilogue, residual)
-    return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, PANEL, result, bias, residual)
+    return _maker(isa, weight_dtype)(symbol, isa, rows_dim, n, k, PANEL, result, bias, residual)
 
 
 def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
     """x f32 [rows, k], w packed [ceil(n / 8), k, 16] (`packing.pack_gated`),
     y f32 [rows, n] = activation(x gateᵀ) · (x upᵀ)."""
 
-    return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, HALF, gated_result(activation), False, False)
+    result = gated_result(activation)
+    return _maker(isa, weight_dtype)(symbol, isa, rows_dim, n, k, HALF, result, False, False)
 
 
-def linear_result(n, bias, epilogue, residual):
-    """A `result(scratch, column, lanes, B, R, col, row)`: outputs of a panel's sums, at (row, col) of y."""
+def _maker(isa, weight_dtype):
+    """How an instruction set multiplies weights of a dtype: a function of the parameters that follow it in `_matmul`.
 
-    def result(scratch, column, lanes, B, R, col, row):
-        value = load(scratch, column, lanes)
-        value = value + load(B, col, lanes) if bias else value
-        value = activate(epilogue, value)
-        return value + load(R, row * n + col, lanes) if residual else value
-
-    return result
+    Two bf16 operands at a time where it can. Plans do not depend on it: arguments and layouts are the same."""
+    return pair_matmul if weight_dtype == "bf16" and isa.bf16_dot else partial(_matmul, weight_dtype)
 
 
-def gated_result(activation):
-    """The same for gated panels: 8 sums of gate, then the 8 of up that belong to them."""
-
-    def result(scratch, column, lanes, B, R, col, row):
-        return activate(activation, load(scratch, column, lanes)) * load(scratch, column + HALF, lanes)
-
-    return result
-
-
-@T.inline
-def store_panel(result, S, base, row, panel, B, R, Y, place, n, columns, lanes):
-    """Y[place..] = row `row` of a panel's outputs, whose sums are S[base..base + 16].
-
-    The last panel may have fewer than `columns`: what it has too many would read a bias and a residual that are not
-    there, so its outputs are taken one by one.
-    """
-    if panel * columns + columns <= n:
-        for c in T.serial(columns // min(lanes, columns)):
-            Y[at(place + c * min(lanes, columns), min(lanes, columns))] = result(
-                S,
-                base + c * min(lanes, columns),
-                min(lanes, columns),
-                B,
-                R,
-                panel * columns + c * min(lanes, columns),
-                row,
-            )
-    else:
-        for c in T.serial(n - panel * columns):
-            Y[place + c] = result(S, base + c, 1, B, R, panel * columns + c, row)
-
-
-def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, residual):
+def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual):
     """`columns`: outputs of one panel; `result` as `linear_result` gives it."""
     L, V = isa.lanes, isa.vectors
     panels = -(-n // columns)

@@ -11,6 +11,11 @@ from tvm.script import tirx as T
 STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 """The dtype that a kernel's buffer of weights or KV has. LLVM's bf16 is avoided: its conversions are library calls."""
 
+PREFETCH = 8192
+"""Bytes by which weights are asked for ahead: a core needs some 4 KB in flight to hide the memory's latency, and the
+processor's own prefetching ends at page boundaries. Past a task's share are another's share, or the next matrix."""
+
+
 
 def wide(dtype, lanes):
     """The name of a vector type, or of the scalar."""
