@@ -13,11 +13,26 @@ from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.outputs import gated_result, linear_result, store_panel
 from llmc.backends.tvm.kernels.pairs import pair_matmul
-from llmc.backends.tvm.kernels.vector import STORAGE, at, decode, f32, fma, load, share, specialised, splat
+from llmc.backends.tvm.kernels.vector import (
+    PREFETCH,
+    STORAGE,
+    at,
+    decode,
+    f32,
+    fma,
+    load,
+    prefetch,
+    share,
+    specialised,
+    splat,
+)
 from llmc.backends.tvm.packing import HALF, PANEL
 
 CHAINS = 8
 """Independent sums that keep the multiply-add units of a core busy: two of them, four cycles of latency."""
+
+STREAMS = 4
+"""Panels that are taken at once at most: more streams of weights are slower from memory."""
 
 ROW_CHUNK = 48
 """Rows that one unit of work covers: a panel is read from memory once for them, from the cache after that."""
@@ -47,12 +62,12 @@ def _maker(isa, weight_dtype):
 
 
 def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual):
-    """`columns`: outputs of one panel; `result` as `linear_result` gives it."""
+    """`columns`: outputs of one panel; `result` as `kernels.outputs` gives it."""
     L, V = isa.lanes, isa.vectors
     panels = -(-n // columns)
     row_tile = isa.row_tile
     # Sums that hide a fused multiply-add's latency: a tile of fewer takes several panels. {rows: panels}
-    groups = {rows: CHAINS // (rows * V) for rows in range(1, row_tile + 1) if CHAINS // (rows * V) > 1}
+    groups = {r: min(STREAMS, CHAINS // (r * V)) for r in range(1, row_tile + 1) if CHAINS // (r * V) > 1}
     few = max(groups, default=0)
     storage = STORAGE[weight_dtype]
 
@@ -63,7 +78,11 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
         row_of_w = T.alloc_buffer((P * PANEL,), "float32", scope="local")
         for i in T.unroll(R * P * V):
             acc[at(i * L, L)] = f32(0.0, L)
+        # Streams share what is in flight. (For 16 bits every line is named twice, which costs nothing measurable.)
+        ahead = T.meta_var(PREFETCH * 2 // max(P, 2) // (4 if weight_dtype == "f32" else 2))
         for kk in T.serial(k):
+            for p in T.unroll(P):
+                prefetch(W, T.Cast("int64", panel + p) * T.int64(k * PANEL) + T.Cast("int64", kk * PANEL + ahead))
             # Weights first, then one element of x at a time: 12 sums, 2 weights and a broadcast are 15 of 16 registers.
             for i in T.unroll(P * V):
                 column: T.let = T.Cast("int64", kk * PANEL + i % V * L)
@@ -108,7 +127,7 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
         begin: T.let = share(task, tasks, panels * chunks)
         count: T.let = share(task + 1, tasks, panels * chunks) - begin
         # Few rows are one chunk: a unit of work is a panel, and several are taken at once.
-        wide: T.let = T.truncdiv(CHAINS // V, T.max(rows, 1))
+        wide: T.let = T.min(STREAMS, T.truncdiv(CHAINS // V, T.max(rows, 1)))
         grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, T.max(wide, 1)), 0)
         for g in T.serial(grouped):
             sums_of(groups, rows, X, W, S, 0, begin + g * wide)

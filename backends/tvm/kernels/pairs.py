@@ -19,16 +19,17 @@ from llmc.backends.tvm.kernels.outputs import store_panel
 from llmc.backends.tvm.kernels.vector import PREFETCH, at, f32, i32, load, prefetch, share, specialised, splat
 from llmc.backends.tvm.packing import PANEL
 
-CHAINS = 12
-"""Independent sums that keep the units busy that multiply and add pairs."""
+ABREAST = 2
+"""Panels that a tile takes at once: the sums of few rows then hide an instruction's latency, and a pair of activations
+is fetched once for both. More streams of weights are slower from memory."""
 
 PAIR_TILE = 12
 """Rows of a tile that takes two panels at once."""
 
-ROW_CHUNK = 48
+ROW_CHUNK = 24
 """Rows that one unit of work covers, when there are many: a multiple of the tiles' height."""
 
-PANEL_CHUNK = 4
+PANEL_CHUNK = 8
 """Panels that one unit of work covers when rows are many: activations are rounded once for them."""
 
 SCRATCH = 256 * 1024
@@ -74,9 +75,7 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
     # Whole vectors of pairs in a row; an odd number of lines, as rows at distances of 4 KB would share few sets.
     stride = (-(-k // (2 * _LINE)) | 1) * _LINE
     row_chunk = max(1, min(ROW_CHUNK, SCRATCH // (4 * stride)))
-    # A tile of few rows takes several panels. {rows: panels}
-    groups = {rows: CHAINS // rows for rows in range(1, min(row_tile, row_chunk) + 1) if CHAINS // rows > 1}
-    few = max(groups)
+    few = min(row_tile // 2, row_chunk)
 
     @T.inline
     def round_rows(X, Z, first, count):
@@ -122,14 +121,14 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
             S[at(i * L, L)] = acc[at(i * L, L)]
 
     def few_sums(rows, *where):
-        """`sums` of as many rows as there are, with the panels of `groups`."""
-        for height, width in groups.items():
+        """`sums` of as many rows as there are, with `ABREAST` panels."""
+        for height in range(1, few + 1):
             with T.If(rows == height), T.Then():
-                sums(*where, height, width)
+                sums(*where, height, ABREAST)
 
     def tile_sums(here, count, *where):
         """`sums` of as many rows as `here` and as many panels as `count` says."""
-        for abreast, most in ((1, row_tile), (2, PAIR_TILE)):
+        for abreast, most in ((1, row_tile), (ABREAST, PAIR_TILE)):
             for height in range(1, min(most, row_chunk) + 1):
                 with T.If(T.And(here == height, count == abreast)), T.Then():
                     sums(*where, height, abreast)
@@ -151,7 +150,7 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
         B = T.decl_buffer((n,), "float32", data=b)
         R = T.decl_buffer((1,), "float32", data=r)
         Y = T.decl_buffer((1,), "float32", data=y)
-        S = T.alloc_buffer((max(2 * row_tile, CHAINS) * PANEL,), "float32", scope="local")
+        S = T.alloc_buffer((max(row_tile, ABREAST * PAIR_TILE) * PANEL,), "float32", scope="local")
         Z = T.alloc_buffer((row_chunk * stride,), "int32", scope="local")
         rounded = T.alloc_buffer((1,), "int32", scope="local")
         rounded[0] = -1
@@ -162,21 +161,20 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
         units: T.let = T.truncdiv(panels + abreast - 1, abreast) * chunks
         begin: T.let = share(task, tasks, units)
         count: T.let = share(task + 1, tasks, units) - begin
-        wide: T.let = T.truncdiv(CHAINS, T.max(rows, 1))
-        grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, T.max(wide, 1)), 0)
+        grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, ABREAST), 0)
         if grouped > 0:
             round_rows(X, Z, 0, rows)
             rounded[0] = 0
         for g in T.serial(grouped):
-            few_sums(rows, Z, W, S, 0, begin + g * wide)
+            few_sums(rows, Z, W, S, 0, begin + g * ABREAST)
             for i in T.serial(rows):
-                for p in T.serial(wide):
-                    panel: T.let = begin + g * wide + p
+                for p in T.serial(ABREAST):
+                    panel: T.let = begin + g * ABREAST + p
                     store_panel(
-                        result, S, (i * wide + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
+                        result, S, (i * ABREAST + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
                     )
-        for u in T.serial(count - grouped * wide):
-            unit: T.let = begin + grouped * wide + u
+        for u in T.serial(count - grouped * ABREAST):
+            unit: T.let = begin + grouped * ABREAST + u
             first: T.let = T.truncdiv(unit, chunks) * abreast
             end: T.let = T.min(panels, first + abreast)
             chunk: T.let = T.truncmod(unit, chunks)
@@ -191,7 +189,7 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
                 # Tiles of nearly equal height: 13 rows are 6 + 7, not 12 + 1.
                 row: T.let = share(t, tiles, height)
                 here: T.let = share(t + 1, tiles, height) - row
-                step: T.let = T.Select(chunks > 1, 2, 1)
+                step: T.let = T.Select(chunks > 1, ABREAST, 1)
                 for p in T.serial(T.truncdiv(end - first + step - 1, step)):
                     panel: T.let = first + p * step
                     both: T.let = T.min(step, end - panel)
