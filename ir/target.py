@@ -10,12 +10,12 @@ from llmc.ir.errors import LlmcError, nearest
 @dataclass(frozen=True)
 class CpuVariant:
     """One CPU instruction set. `requires`: features by their names in /proc/cpuinfo; `machine`: as `uname -m` says;
-    `rounds_activations`: products with bf16 weights round their activations to bf16, so it has to be asked for."""
+    `rounds`: whether its kernels round activations to the dtype of bf16 weights, which must be asked for."""
 
     name: str
     requires: tuple[str, ...]
     machine: str = "x86_64"
-    rounds_activations: bool = False
+    rounds: bool = False
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "f16c")
@@ -26,7 +26,7 @@ CPU_VARIANTS: dict[str, CpuVariant] = {
         CpuVariant("x86-64-v3", ("avx2", "fma", "f16c", "bmi2")),
         CpuVariant("x86-64-v4", _AVX512),
         CpuVariant("avx512-vnni", (*_AVX512, "avx512_vnni")),
-        CpuVariant("avx512-bf16", (*_AVX512, "avx512_vnni", "avx512_bf16"), rounds_activations=True),
+        CpuVariant("avx512-bf16", (*_AVX512, "avx512_vnni", "avx512_bf16"), rounds=True),
         CpuVariant("aarch64", ("asimd", "asimdhp", "asimddp"), "aarch64"),
     )
 }
@@ -50,14 +50,16 @@ class Target:
 
 
 def parse_target(text: str, host_flags: frozenset[str]) -> Target:
-    """A target from the command line: `cpu` is the best variant for this machine that keeps activations in float32,
-    `cpu:portable` those of `PORTABLE`, or `cpu:x86-64-v3,x86-64-v4`. Raises `LlmcError` naming what is known."""
+    """A target from the command line: `cpu` is the best variant for this machine, `cpu:portable` those of `PORTABLE`,
+    or `cpu:x86-64-v3,x86-64-v4`. Raises `LlmcError` naming what is known.
+
+    `avx512-bf16` is only ever chosen by its name: it is faster where weights are bf16 and rows many, but it rounds
+    activations to bf16 too, and so loses accuracy that unquantized packages keep otherwise."""
     kind, _, rest = text.partition(":")
     if kind != "cpu":
         raise LlmcError(f"target {text!r}: this version compiles for 'cpu'; known variants: {', '.join(CPU_VARIANTS)}")
     if not rest:
-        exact = [v for v in CPU_VARIANTS.values() if not v.rounds_activations]
-        fitting = [v for v in exact if set(v.requires) <= host_flags]
+        fitting = [v for v in CPU_VARIANTS.values() if not v.rounds and set(v.requires) <= host_flags]
         if not fitting:
             raise LlmcError(f"target 'cpu': this machine supports none of {', '.join(CPU_VARIANTS)}")
         return Target("cpu", (fitting[-1],))

@@ -7,15 +7,32 @@ several panels at once instead, which gives the fused multiply-add units enough 
 
 from __future__ import annotations
 
+from functools import partial
+
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.math import activate
+from llmc.backends.tvm.kernels.outputs import gated_result, linear_result, store_panel
 from llmc.backends.tvm.kernels.pairs import pair_matmul
-from llmc.backends.tvm.kernels.vector import STORAGE, at, decode, f32, fma, load, share, specialised, splat
+from llmc.backends.tvm.kernels.vector import (
+    PREFETCH,
+    STORAGE,
+    at,
+    decode,
+    f32,
+    fma,
+    load,
+    prefetch,
+    share,
+    specialised,
+    splat,
+)
 from llmc.backends.tvm.packing import HALF, PANEL
 
 CHAINS = 8
 """Independent sums that keep the multiply-add units of a core busy: two of them, four cycles of latency."""
+
+STREAMS = 4
+"""Panels that are taken at once at most: more streams of weights are slower from memory."""
 
 ROW_CHUNK = 48
 """Rows that one unit of work covers: a panel is read from memory once for them, from the cache after that."""
@@ -26,69 +43,31 @@ def linear(symbol, isa, *, rows_dim, n, k, weight_dtype, bias=False, epilogue="n
     y f32 [rows, n]."""
 
     result = linear_result(n, bias, epilogue, residual)
-    return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, PANEL, result, bias, residual)
+    return _maker(isa, weight_dtype)(symbol, isa, rows_dim, n, k, PANEL, result, bias, residual)
 
 
 def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
     """x f32 [rows, k], w packed [ceil(n / 8), k, 16] (`packing.pack_gated`),
     y f32 [rows, n] = activation(x gateᵀ) · (x upᵀ)."""
 
-    return _matmul(symbol, isa, rows_dim, n, k, weight_dtype, HALF, gated_result(activation), False, False)
+    result = gated_result(activation)
+    return _maker(isa, weight_dtype)(symbol, isa, rows_dim, n, k, HALF, result, False, False)
 
 
-def linear_result(n, bias, epilogue, residual):
-    """A `result(scratch, column, lanes, B, R, col, row)`: outputs of a panel's sums, at (row, col) of y."""
+def _maker(isa, weight_dtype):
+    """How an instruction set multiplies weights of a dtype: a function of the parameters that follow it in `_matmul`.
 
-    def result(scratch, column, lanes, B, R, col, row):
-        value = load(scratch, column, lanes)
-        value = value + load(B, col, lanes) if bias else value
-        value = activate(epilogue, value)
-        return value + load(R, row * n + col, lanes) if residual else value
-
-    return result
+    Two bf16 operands at a time where it can. Plans do not depend on it: arguments and layouts are the same."""
+    return pair_matmul if weight_dtype == "bf16" and isa.bf16_dot else partial(_matmul, weight_dtype)
 
 
-def gated_result(activation):
-    """The same for gated panels: 8 sums of gate, then the 8 of up that belong to them."""
-
-    def result(scratch, column, lanes, B, R, col, row):
-        return activate(activation, load(scratch, column, lanes)) * load(scratch, column + HALF, lanes)
-
-    return result
-
-
-@T.inline
-def store_panel(result, S, base, row, panel, B, R, Y, place, n, columns, lanes):
-    """Y[place..] = row `row` of a panel's outputs, whose sums are S[base..base + 16].
-
-    The last panel may have fewer than `columns`: what it has too many would read a bias and a residual that are not
-    there, so its outputs are taken one by one.
-    """
-    if panel * columns + columns <= n:
-        for c in T.serial(columns // min(lanes, columns)):
-            Y[at(place + c * min(lanes, columns), min(lanes, columns))] = result(
-                S,
-                base + c * min(lanes, columns),
-                min(lanes, columns),
-                B,
-                R,
-                panel * columns + c * min(lanes, columns),
-                row,
-            )
-    else:
-        for c in T.serial(n - panel * columns):
-            Y[place + c] = result(S, base + c, 1, B, R, panel * columns + c, row)
-
-
-def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, residual):
-    """`columns`: outputs of one panel; `result` as `linear_result` gives it."""
-    if isa.bf16_pairs and weight_dtype == "bf16":
-        return pair_matmul(symbol, isa, rows_dim, n, k, columns, result, store_panel, bias, residual)
+def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual):
+    """`columns`: outputs of one panel; `result` as `kernels.outputs` gives it."""
     L, V = isa.lanes, isa.vectors
     panels = -(-n // columns)
     row_tile = isa.row_tile
     # Sums that hide a fused multiply-add's latency: a tile of fewer takes several panels. {rows: panels}
-    groups = {rows: CHAINS // (rows * V) for rows in range(1, row_tile + 1) if CHAINS // (rows * V) > 1}
+    groups = {r: min(STREAMS, CHAINS // (r * V)) for r in range(1, row_tile + 1) if CHAINS // (r * V) > 1}
     few = max(groups, default=0)
     storage = STORAGE[weight_dtype]
 
@@ -99,7 +78,11 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
         row_of_w = T.alloc_buffer((P * PANEL,), "float32", scope="local")
         for i in T.unroll(R * P * V):
             acc[at(i * L, L)] = f32(0.0, L)
+        # Streams share what is in flight. (For 16 bits every line is named twice, which costs nothing measurable.)
+        ahead = T.meta_var(PREFETCH * 2 // max(P, 2) // (4 if weight_dtype == "f32" else 2))
         for kk in T.serial(k):
+            for p in T.unroll(P):
+                prefetch(W, T.Cast("int64", panel + p) * T.int64(k * PANEL) + T.Cast("int64", kk * PANEL + ahead))
             # Weights first, then one element of x at a time: 12 sums, 2 weights and a broadcast are 15 of 16 registers.
             for i in T.unroll(P * V):
                 column: T.let = T.Cast("int64", kk * PANEL + i % V * L)
@@ -144,7 +127,7 @@ def _matmul(symbol, isa, rows_dim, n, k, weight_dtype, columns, result, bias, re
         begin: T.let = share(task, tasks, panels * chunks)
         count: T.let = share(task + 1, tasks, panels * chunks) - begin
         # Few rows are one chunk: a unit of work is a panel, and several are taken at once.
-        wide: T.let = T.truncdiv(CHAINS // V, T.max(rows, 1))
+        wide: T.let = T.min(STREAMS, T.truncdiv(CHAINS // V, T.max(rows, 1)))
         grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, T.max(wide, 1)), 0)
         for g in T.serial(grouped):
             sums_of(groups, rows, X, W, S, 0, begin + g * wide)

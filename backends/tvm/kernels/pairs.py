@@ -1,93 +1,137 @@
-"""Matrix products of bf16 weights where the processor multiplies pairs of bf16 (AVX-512 BF16): two products in one
-instruction, summed in float32.
+"""Matrix products of bf16 weights with activations rounded to bf16: two products a lane in one instruction.
 
-Activations are rounded to bf16, which `kernels.linear` does not do: the variant is for those who ask for it. Weights
-lie as there, [panel][k][16]; elements k and k + 1 of a panel are put together as they are read. An output is one chain
-over the pairs in order, so its bits depend on its row of x and its row of w alone.
+For processors with AVX-512 BF16. Weights are packed as for every variant, [panel, k, 16], and a vector of pairs, whose
+lane i holds the elements k and k + 1 of row i, is made while they are read. Activations are rounded to nearest, ties
+to even, once for all panels of a unit of work; an odd k has a zero in its last pair.
+
+Every output is one chain over pairs in order: sum = (sum + x[k+1] · w[k+1]) + x[k] · w[k] with float32 rounding of each
+step, whatever the rows, the tiles and the tasks are: its bits depend on its row of x and its row of w alone. The
+instruction takes denormal numbers as zero (Intel, Software Developer's Manual, VDPBF16PS).
 """
 
 from __future__ import annotations
 
-import tvm
 from tvm import tirx
+from tvm.ir import StringImm
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.vector import (
-    at,
-    encode,
-    f32,
-    i32,
-    load,
-    prefetch,
-    share,
-    specialised,
-    splat,
-    wide,
-)
+from llmc.backends.tvm.kernels.outputs import store_panel
+from llmc.backends.tvm.kernels.vector import PREFETCH, at, f32, i32, load, prefetch, share, specialised, splat
 from llmc.backends.tvm.packing import PANEL
 
-PREFETCH = 8192
-"""Bytes by which weights are asked for ahead, as in `kernels.quantized`."""
+ABREAST = 2
+"""Panels that a tile takes at once: the sums of few rows then hide an instruction's latency, and a pair of activations
+is fetched once for both. More streams of weights are slower from memory."""
 
-SCRATCH_WORDS = 1 << 16
-"""Pairs of activations that a unit of work keeps on the stack, rounded once for all of its panels: 256 KB."""
+PAIR_TILE = 12
+"""Rows of a tile that takes two panels at once."""
 
-PANEL_CHUNK = 4
-"""Panels of a unit: rounding its activations costs a few per cent of them."""
+ROW_CHUNK = 24
+"""Rows that one unit of work covers, when there are many: a multiple of the tiles' height."""
+
+PANEL_CHUNK = 8
+"""Panels that one unit of work covers when rows are many: activations are rounded once for them."""
+
+SCRATCH = 256 * 1024
+"""Bytes of the stack that rounded activations may take; a unit of work has fewer rows where they would take more."""
+
+_LINE = 16
+"""Pairs that a line of the cache holds, and a vector."""
+
+# TVM has no way to name LLVM's type of bf16 vectors: these functions take and give the same bits as integers, and are
+# inlined. `llmc_pairs` is one permutation of a panel's rows at k, then at k + 1.
+_LLVM = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+
+define internal <16 x float> @llmc_dot(<16 x float> %sum, <16 x i32> %x, <16 x i32> %w) alwaysinline {
+  %a = bitcast <16 x i32> %x to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}
+
+define internal <16 x i32> @llmc_round(<16 x float> %low, <16 x float> %high) alwaysinline {
+  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %bits = bitcast <32 x bfloat> %r to <16 x i32>
+  ret <16 x i32> %bits
+}
+
+define internal <16 x i32> @llmc_pairs(<32 x i16> %w) alwaysinline {
+  %p = shufflevector <32 x i16> %w, <32 x i16> poison, <32 x i32> <ORDER>
+  %bits = bitcast <32 x i16> %p to <16 x i32>
+  ret <16 x i32> %bits
+}
+""".replace("ORDER", ", ".join(f"i32 {i}, i32 {i + PANEL}" for i in range(PANEL)))
 
 
-def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, store_panel, bias, residual):
-    """x f32 [rows, k], w bf16 in panels, and the rest as in `kernels.linear`."""
+def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
+    """The kernel with the C signature of `kernels.linear`, whose maker gives the parameters. `columns`: outputs of one
+    panel; `result` as in `kernels.outputs`."""
     L = isa.lanes
-    pairs = -(-k // 2)
+    assert L == PANEL, "a register holds the pairs of a panel"
     panels = -(-n // columns)
-    row_chunk = max(1, min(48, SCRATCH_WORDS // pairs))
-    row_tile = min(isa.row_tile, row_chunk)
+    row_tile = isa.row_tile
+    # Whole vectors of pairs in a row; an odd number of lines, as rows at distances of 4 KB would share few sets.
+    stride = (-(-k // (2 * _LINE)) | 1) * _LINE
+    row_chunk = max(1, min(ROW_CHUNK, SCRATCH // (4 * stride)))
+    few = min(row_tile // 2, row_chunk)
 
     @T.inline
-    def round_row(X, start, P, to):
-        """P[to..] = the row at X[start..] in pairs of bf16; an odd last element is paired with zero."""
-        for c in T.serial(k // L):
-            P[at(to + c * (L // 2), L // 2)] = T.reinterpret(
-                wide("int32", L // 2), encode(load(X, start + c * L, L), "bf16", L)
-            )
-        for c in T.serial(pairs - k // L * (L // 2)):
-            first: T.let = k // L * L + 2 * c
-            low: T.let = T.Cast("int32", encode(X[start + first], "bf16"))
-            high: T.let = T.Cast("int32", encode(X[start + T.min(first + 1, k - 1)], "bf16"))
-            P[to + k // L * (L // 2) + c] = T.bitwise_or(
-                low, T.Select(first + 1 < k, T.shift_left(high, 16), T.int32(0))
-            )
+    def round_rows(X, Z, first, count):
+        """Z[0..count] = the pairs of rows first..first + count of x."""
+        for i in T.serial(count):
+            for j in T.serial(k // (2 * L)):
+                x: T.let = (first + i) * k + j * (2 * L)
+                Z[at(i * stride + j * L, L)] = _round(load(X, x, L), load(X, x + L, L))
+            if k % (2 * L) > 0:
+                rest = T.alloc_buffer((2 * L,), "float32", scope="local")
+                for h in T.unroll(2):
+                    rest[at(h * L, L)] = f32(0.0, L)
+                for j in T.serial(k % (2 * L)):
+                    rest[j] = X[(first + i) * k + k // (2 * L) * (2 * L) + j]
+                Z[at(i * stride + k // (2 * L) * L, L)] = _round(load(rest, 0, L), load(rest, L, L))
 
     @T.inline
-    def sums(P, W, S, row, panel, R):
-        """S[R, 16] = rounded rows row..row+R times the rows of w in a panel."""
-        acc = T.alloc_buffer((R * PANEL,), "float32", scope="local")
-        pair = T.alloc_buffer((PANEL,), "int32", scope="local")
-        for r in T.unroll(R):
-            acc[at(r * L, L)] = f32(0.0, L)
-        base: T.let = T.Cast("int64", panel) * T.int64(k * PANEL)
-        for p in T.serial(k // 2):
-            place: T.let = base + T.Cast("int64", p * (2 * PANEL))
-            prefetch(W, place + T.int64(PREFETCH // 2))
-            low: T.let = T.Cast(wide("int32", L), load(W, place, L))
-            high: T.let = T.Cast(wide("int32", L), load(W, place + T.int64(PANEL), L))
-            pair[at(0, L)] = T.bitwise_or(low, T.shift_left(high, i32(16, L)))
+    def sums(Z, W, S, row, panel, R, P):
+        """S[R, P, 16] = rows row..row + R of the scratch times the rows of w in panels panel..panel + P."""
+        acc = T.alloc_buffer((R * P * L,), "float32", scope="local")
+        pairs = T.alloc_buffer((P * L,), "int32", scope="local")
+        for i in T.unroll(R * P):
+            acc[at(i * L, L)] = f32(0.0, L)
+        weights: T.let = T.Cast("int64", panel) * T.int64(k * L)
+        for kk in T.serial(k // 2):
+            for p in T.unroll(P):
+                place: T.let = weights + T.Cast("int64", p * (k * L) + kk * (2 * L))
+                prefetch(W, place + T.int64(PREFETCH // 2))
+                pairs[at(p * L, L)] = _pairs(load(W, place, 2 * L))
             for r in T.unroll(R):
-                acc[at(r * L, L)] = _multiply(acc[at(r * L, L)], splat(P[(row + r) * pairs + p], L), load(pair, 0, L))
-        if k % 2 > 0:
-            pair[at(0, L)] = T.Cast(wide("int32", L), load(W, base + T.int64((k - 1) * PANEL), L))
+                x: T.let = splat(Z[(row + r) * stride + kk], L)
+                for p in T.unroll(P):
+                    acc[at((r * P + p) * L, L)] = _dot(acc[at((r * P + p) * L, L)], x, load(pairs, p * L, L))
+        if k % 2 == 1:
+            for p in T.unroll(P):
+                place: T.let = weights + T.Cast("int64", p * (k * L) + (k - 1) * L)
+                pairs[at(p * L, L)] = T.Cast(f"int32x{L}", load(W, place, L))
             for r in T.unroll(R):
-                word: T.let = splat(P[(row + r) * pairs + pairs - 1], L)
-                acc[at(r * L, L)] = _multiply(acc[at(r * L, L)], word, load(pair, 0, L))
-        for r in T.unroll(R):
-            S[at(r * L, L)] = acc[at(r * L, L)]
+                x: T.let = splat(Z[(row + r) * stride + k // 2], L)
+                for p in T.unroll(P):
+                    acc[at((r * P + p) * L, L)] = _dot(acc[at((r * P + p) * L, L)], x, load(pairs, p * L, L))
+        for i in T.unroll(R * P):
+            S[at(i * L, L)] = acc[at(i * L, L)]
 
-    def sums_of(here, *where):
-        """`sums` of as many rows as `here` says: one unrolled copy for each height of a tile."""
-        for height in range(1, row_tile + 1):
-            with T.If(here == height), T.Then():
-                sums(*where, height)
+    def few_sums(rows, *where):
+        """`sums` of as many rows as there are, with `ABREAST` panels."""
+        for height in range(1, few + 1):
+            with T.If(rows == height), T.Then():
+                sums(*where, height, ABREAST)
+
+    def tile_sums(here, count, *where):
+        """`sums` of as many rows as `here` and as many panels as `count` says."""
+        for abreast, most in ((1, row_tile), (ABREAST, PAIR_TILE)):
+            for height in range(1, min(most, row_chunk) + 1):
+                with T.If(T.And(here == height, count == abreast)), T.Then():
+                    sums(*where, height, abreast)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -106,56 +150,69 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, store_panel, bias,
         B = T.decl_buffer((n,), "float32", data=b)
         R = T.decl_buffer((1,), "float32", data=r)
         Y = T.decl_buffer((1,), "float32", data=y)
-        S = T.alloc_buffer((row_tile * PANEL,), "float32", scope="local")
-        P = T.alloc_buffer((row_chunk * pairs,), "int32", scope="local")
+        S = T.alloc_buffer((max(row_tile, ABREAST * PAIR_TILE) * PANEL,), "float32", scope="local")
+        Z = T.alloc_buffer((row_chunk * stride,), "int32", scope="local")
+        rounded = T.alloc_buffer((1,), "int32", scope="local")
+        rounded[0] = -1
         rows: T.let = D[rows_dim]
         chunks: T.let = T.truncdiv(rows + row_chunk - 1, row_chunk)
-        units: T.let = T.truncdiv(panels + PANEL_CHUNK - 1, PANEL_CHUNK) * chunks
+        # One chunk is rounded once for a whole task, so a unit can be a panel.
+        abreast: T.let = T.Select(chunks > 1, PANEL_CHUNK, 1)
+        units: T.let = T.truncdiv(panels + abreast - 1, abreast) * chunks
         begin: T.let = share(task, tasks, units)
-        for u in T.serial(share(task + 1, tasks, units) - begin):
-            first: T.let = T.truncdiv(begin + u, chunks) * PANEL_CHUNK
-            chunk: T.let = T.truncmod(begin + u, chunks)
+        count: T.let = share(task + 1, tasks, units) - begin
+        grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, ABREAST), 0)
+        if grouped > 0:
+            round_rows(X, Z, 0, rows)
+            rounded[0] = 0
+        for g in T.serial(grouped):
+            few_sums(rows, Z, W, S, 0, begin + g * ABREAST)
+            for i in T.serial(rows):
+                for p in T.serial(ABREAST):
+                    panel: T.let = begin + g * ABREAST + p
+                    store_panel(
+                        result, S, (i * ABREAST + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
+                    )
+        for u in T.serial(count - grouped * ABREAST):
+            unit: T.let = begin + grouped * ABREAST + u
+            first: T.let = T.truncdiv(unit, chunks) * abreast
+            end: T.let = T.min(panels, first + abreast)
+            chunk: T.let = T.truncmod(unit, chunks)
             top: T.let = share(chunk, chunks, rows)
             height: T.let = share(chunk + 1, chunks, rows) - top
-            tiles: T.let = T.truncdiv(height + row_tile - 1, row_tile)
-            for i in T.serial(height):
-                round_row(X, (top + i) * k, P, i * pairs)
-            for p in T.serial(T.min(PANEL_CHUNK, panels - first)):
-                for t in T.serial(tiles):
-                    row: T.let = share(t, tiles, height)
-                    here: T.let = share(t + 1, tiles, height) - row
-                    sums_of(here, P, W, S, row, first + p)
-                    for i in T.serial(here):
-                        place = T.meta_var((top + row + i) * n + (first + p) * columns)
-                        store_panel(result, S, i * PANEL, top + row + i, first + p, B, R, Y, place, n, columns, L)
+            if chunk != rounded[0]:
+                round_rows(X, Z, top, height)
+                rounded[0] = chunk
+            high: T.let = T.Select(chunks > 1, PAIR_TILE, row_tile)
+            tiles: T.let = T.truncdiv(height + high - 1, high)
+            for t in T.serial(tiles):
+                # Tiles of nearly equal height: 13 rows are 6 + 7, not 12 + 1.
+                row: T.let = share(t, tiles, height)
+                here: T.let = share(t + 1, tiles, height) - row
+                step: T.let = T.Select(chunks > 1, ABREAST, 1)
+                for p in T.serial(T.truncdiv(end - first + step - 1, step)):
+                    panel: T.let = first + p * step
+                    both: T.let = T.min(step, end - panel)
+                    tile_sums(here, both, Z, W, S, row, panel)
+                    for i in T.serial(here * both):
+                        r: T.let = top + row + T.truncdiv(i, both)
+                        which: T.let = panel + T.truncmod(i, both)
+                        store_panel(result, S, i * PANEL, r, which, B, R, Y, r * n + which * columns, n, columns, L)
 
-    return _with_product(specialised(kernel, symbol, {"b": bias, "r": residual}))
-
-
-_PRODUCT = "llmc_bf16_pairs"
-
-_IR = f"""
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-define internal <16 x float> @{_PRODUCT}(<16 x float> %sum, <16 x i32> %x, <16 x i32> %w) alwaysinline {{
-  %xs = bitcast <16 x i32> %x to <32 x bfloat>
-  %ws = bitcast <16 x i32> %w to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %xs, <32 x bfloat> %ws)
-  ret <16 x float> %r
-}}
-"""
-"""The instruction on words of two bf16. TVM has no bf16 type that LLVM's intrinsic takes, so the cast is written in
-LLVM's own language; the function is inlined."""
+    made = specialised(kernel, symbol, {"b": bias, "r": residual})
+    return made.with_body(tirx.AttrStmt(i32(0), "pragma_import_llvm", StringImm(_LLVM), made.body))
 
 
-def _with_product(kernel):
-    """The kernel with the definition of `_PRODUCT` in it."""
-    body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", tvm.ir.StringImm(_IR), kernel.body)
-    made = tirx.PrimFunc(kernel.params, body, kernel.ret_type)
-    for name, value in kernel.attrs.items():
-        made = made.with_attr(name, value)
-    return made
+def _dot(sum_, x, w):
+    """f32 [16]: sums with the products of two pairs of bf16, as i32 [16] each, added."""
+    return T.call_pure_extern("float32x16", "llmc_dot", sum_, x, w)
 
 
-def _multiply(acc, activations, weights):
-    """acc + both products of each lane's pairs, int32 words of two bf16."""
-    return T.call_extern("float32x16", _PRODUCT, acc, activations, weights)
+def _round(low, high):
+    """32 neighbouring elements, as two f32 [16], as pairs of bf16, i32 [16]."""
+    return T.call_pure_extern("int32x16", "llmc_round", low, high)
+
+
+def _pairs(rows):
+    """The pairs, i32 [16], of a panel's rows at k and at k + 1, bf16 [32]."""
+    return T.call_pure_extern("int32x16", "llmc_pairs", rows)

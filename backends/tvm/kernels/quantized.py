@@ -15,10 +15,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.dot import dot_of
-from llmc.backends.tvm.kernels.linear import gated_result, linear_result, store_panel
+from llmc.backends.tvm.kernels.outputs import gated_result, linear_result, store_panel
 from llmc.backends.tvm.kernels.rows import ordered
 from llmc.backends.tvm.kernels.tiles import GROUP, quantize_group
 from llmc.backends.tvm.kernels.vector import (
+    PREFETCH,
     at,
     f32,
     fma,
@@ -35,10 +36,6 @@ from llmc.backends.tvm.kernels.vector import (
 from llmc.backends.tvm.packing import HALF, PANEL
 
 WORDS = GROUP // 4
-
-PREFETCH = 8192
-"""Bytes by which weights are asked for ahead: a core needs some 4 KB in flight to hide the memory's latency, and the
-processor's own prefetching ends at page boundaries. Past a task's share are another's share, or the next matrix."""
 
 ROW_CHUNK = 96
 """Rows that one unit of work covers, when there are many: a multiple of every tile's height."""
@@ -64,7 +61,7 @@ def quantized_gated_linear(symbol, isa, *, rows_dim, n, k, bits, activation, til
 
 
 def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, quantized, best):
-    """`columns`: outputs of one panel; `result` as in `kernels.linear`; `quantized`: whether y is."""
+    """`columns`: outputs of one panel; `result` as in `kernels.outputs`; `quantized`: whether y is."""
     L, V = isa.lanes, isa.vectors
     dot = dot_of(isa, bits)
     panels = -(-n // columns)

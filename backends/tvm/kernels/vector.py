@@ -17,6 +17,10 @@ BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i8": 1}
 LINE = 64
 """Bytes of a cache line."""
 
+PREFETCH = 8192
+"""Bytes by which weights are asked for ahead: a core needs some 4 KB in flight to hide the memory's latency, and the
+processor's own prefetching ends at page boundaries. Past a task's share are another's share, or the next matrix."""
+
 
 def wide(dtype, lanes):
     """The name of a vector type, or of the scalar."""
