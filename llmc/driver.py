@@ -70,7 +70,7 @@ def compile_model(
                 "weights.bin", [(label, partial(evaluate_parameters, v, load, kept)) for label, v in tensors.items()]
             )
         with report.phase("checks"):
-            checks = make_checks(imported.graph, load, imported.info, kv_dtype, quant, options)
+            checks = make_checks(imported.graph, load, imported.info, kv_dtype, quant, target, options)
         plan = make_plan(entries, placed, step, options)
         for file, data in {
             **kernels.files,

@@ -23,7 +23,12 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is there.")] = False,
     wheel: Annotated[bool, typer.Option("--wheel", help="Also put a wheel beside the package.")] = False,
     target: Annotated[
-        str, typer.Option(help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4.")
+        str,
+        typer.Option(
+            help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4, avx512-vnni,"
+            " avx512-bf16, aarch64. Only by its name: avx512-bf16, which is faster with bf16 weights but rounds"
+            " activations to bf16 too."
+        ),
     ] = "cpu",
     quant: Annotated[
         str,

@@ -16,7 +16,6 @@ PREFETCH = 8192
 processor's own prefetching ends at page boundaries. Past a task's share are another's share, or the next matrix."""
 
 
-
 def wide(dtype, lanes):
     """The name of a vector type, or of the scalar."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"

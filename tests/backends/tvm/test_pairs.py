@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from llmc.backends.tvm.isa import ISAS
 from llmc.backends.tvm.kernels import pairs
 from llmc.backends.tvm.kernels.linear import gated_linear, linear
 from llmc.backends.tvm.packing import pack, pack_gated
-from tests.backends.tvm.machine import Array, Guarded, Kernel, f32, f64, runs_here, same_bits, stored
+from tests.backends.tvm.machine import Array, Kernel, f32, f64, runs_here, same_bits, stored
 from tests.backends.tvm.test_linear import EPILOGUES, activation, chained, rows_to_judge, run
 from tests.tolerance import assert_as_good_as
 
@@ -39,7 +40,7 @@ def judge(y: Array, x: Array, plain: Callable[[Array], Array], truth: Callable[[
     assert_as_good_as(y, plain(rounded), truth(f64(rounded)), "against activations rounded to bf16")
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     n=st.integers(1, 90),
     k=st.integers(1, 150),
@@ -96,7 +97,7 @@ def test_gated_linear(k: int, act: str) -> None:
         return chained(x, f32(gate), None, act, None) * chained(x, f32(up), None, "none", None)
 
     def truth(x: Array) -> Array:
-        return activation(act, x @ f64(gate).T) * (x @ f64(up).T)
+        return np.asarray(activation(act, x @ f64(gate).T) * (x @ f64(up).T))
 
     y = run(kernel, [x, pack_gated(gate, up)], many, n, 0, 3)
     judge(y, x, plain, truth)
@@ -110,9 +111,7 @@ def test_every_epilogue(epilogue: str) -> None:
     n, k, many = 83, 51, 60
     x, b, r = draw(rng, many, k), draw(rng, n), draw(rng, many, n)
     w = stored(draw(rng, n, k) / math.sqrt(k), "bf16")
-    kernel = Kernel(
-        linear, ISA, rows_dim=0, n=n, k=k, weight_dtype="bf16", bias=True, epilogue=epilogue, residual=True
-    )
+    kernel = Kernel(linear, ISA, rows_dim=0, n=n, k=k, weight_dtype="bf16", bias=True, epilogue=epilogue, residual=True)
     y = run(kernel, [x, pack(w), b, r], many, n, 0, 2)
     judge(
         y,
@@ -142,7 +141,7 @@ def test_a_wide_row_takes_few_rows_at_once() -> None:
         x, w = draw(rng, 9, k), stored(draw(rng, n, k) / math.sqrt(k), "bf16")
         kernel = Kernel(linear, ISA, rows_dim=0, n=n, k=k, weight_dtype="bf16")
         y = run(kernel, [x, pack(w)], len(x), n, 0, 2)
-        judge(y, x, lambda x, w=w: chained(x, f32(w), None, "none", None), lambda x, w=w: x @ f64(w).T)
+        judge(y, x, partial(chained, w=f32(w), b=None, epilogue="none", r=None), partial(np.dot, b=f64(w).T))
         for i in range(len(x)):
             assert same_bits(run(kernel, [x[i : i + 1], pack(w)], 1, n, 0, 1)[0], y[i])
 
