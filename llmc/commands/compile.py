@@ -25,8 +25,9 @@ def command(
     target: Annotated[
         str,
         typer.Option(
-            help="cpu (this machine), cpu:portable, cpu:aarch64, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4,"
-            " avx512-vnni, avx512-bf16."
+            help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4, avx512-vnni,"
+            " avx512-bf16; or cpu:aarch64. Only by its name: avx512-bf16, which is faster with bf16 weights but rounds"
+            " activations to bf16 too."
         ),
     ] = "cpu",
     quant: Annotated[

@@ -1,8 +1,8 @@
 """Matrix products of bf16 weights with activations rounded to bf16: two products a lane in one instruction.
 
 For processors with AVX-512 BF16. Weights are packed as for every variant, [panel, k, 16], and a vector of pairs, whose
-lane i holds the elements k and k + 1 of row i, is made while they are read. Activations are rounded to nearest, ties
-to even, once for all panels of a unit of work; an odd k has a zero in its last pair.
+lane i holds the elements k and k + 1 of row i, is made while they are read. Activations are rounded to the nearest,
+ties to even, once for all panels of a unit of work; an odd k has a zero in its last pair.
 
 Every output is one chain over pairs in order: sum = (sum + x[k+1] · w[k+1]) + x[k] · w[k] with float32 rounding of each
 step, whatever the rows, the tiles and the tasks are: its bits depend on its row of x and its row of w alone. The
@@ -24,7 +24,7 @@ ABREAST = 2
 is fetched once for both. More streams of weights are slower from memory."""
 
 PAIR_TILE = 12
-"""Rows of a tile that takes two panels at once."""
+"""Rows of a tile of several panels: 24 sums, two vectors of pairs and an operand are 27 of 32 registers."""
 
 ROW_CHUNK = 24
 """Rows that one unit of work covers, when there are many: a multiple of the tiles' height."""
