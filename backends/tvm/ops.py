@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,11 @@ class PackedEmbedding(Op):
         ids, packed = values
         result: Value = b.embedding(ids, b.unpack_panels(packed, rows=self.rows), dtype=DType.F32)
         return result
+
+    def bytes_read(self, operands: Sequence[TensorType]) -> int:
+        """Only the rows that are asked for."""
+        ids, packed = operands
+        return ids.bytes + ids.elements * packed.bytes // self.rows
 
 
 @dataclass(frozen=True)
