@@ -76,5 +76,5 @@ def make_checks(
 def _steps(graph: Graph, quant: Quantize | None, target: Target) -> list[float]:
     """How far activations may be off because kernels round them, by every reason for it; zero for none."""
     kept = quant is None or NONE in (quant.format, quant.head)
-    pairs = kept and any(v.type.dtype is DType.BF16 for v in graph.params) and any(v.rounds for v in target.variants)
+    pairs = kept and any(v.type.dtype is DType.BF16 for v in graph.params) and target.rounds
     return [CODE_STEP if quant else 0.0, PAIR_STEP if pairs else 0.0]

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before anything imports triton, which reads it then; compiles happen in processes that do not have it.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 from hypothesis import settings
 

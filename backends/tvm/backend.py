@@ -45,4 +45,4 @@ class TvmBackend:
     def compile(self, entries: Sequence[Entry], scratch: Path) -> Kernels:
         """See `Backend`."""
         specs = [launch.spec for entry in entries for launch in entry.launches]
-        return compile_specs(specs, self.target.variants, scratch)
+        return compile_specs(specs, self.target.cpu_variants, scratch)

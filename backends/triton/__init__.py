@@ -1,0 +1,1 @@
+"""The GPU backend: Triton kernels compiled ahead of time to cubins."""
