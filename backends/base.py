@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from llmc.ir.graph import Graph
+from llmc.ir.graph import Graph, StateInput
 from llmc.ir.op import Value
 from llmc.passes.plan_memory import MemoryPlan
 
@@ -67,6 +67,11 @@ class Entry:
     private: MemoryPlan
 
     @property
+    def arguments(self) -> Iterator[Value]:
+        """Every value that a launch reads or writes, in order."""
+        return (value for launch in self.launches for value in launch.arguments)
+
+    @property
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of the intermediate values of the largest step, which one task's memory holds: as planned (`peak`),
         and if no two shared memory (`naive`)."""
@@ -83,16 +88,52 @@ class Kernels:
     variants: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
-class Backend(Protocol):
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+class Backend(Protocol[EntryT]):
     """Lowers a step graph to entries, and entries' kernels to code."""
 
     name: str
 
+    @property
+    def entry_names(self) -> Sequence[str]:
+        """The entry points that its packages have, of `decode`, `prefill` and `verify`."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What generated the code, and its version."""
+
     def lower(self, graph: Graph) -> Graph:
         """The graph in ops that have kernels, parameters packed; the pack program is its parameter-only part."""
 
-    def plan(self, name: str, graph: Graph) -> Entry:
+    def plan(self, name: str, graph: Graph) -> EntryT:
         """The launches and buffers of a lowered, specialised graph."""
 
-    def compile(self, entries: Sequence[Entry], scratch: Path) -> Kernels:
+    def compile(self, entries: Sequence[EntryT], scratch: Path) -> Kernels:
         """Code for every distinct kernel of the entries."""
+
+    def describe(
+        self, entries: Sequence[EntryT], placed: Mapping[str, tuple[int, int]], step: Graph, block_size: int
+    ) -> dict[str, dict[str, Any]]:
+        """The plans as the package has them, by file name. `placed`: (offset, bytes) of parameters by name."""
+
+
+def plan_head(entries: Sequence[Entry], step: Graph, block_size: int) -> dict[str, Any]:
+    """What the plans of all backends begin with."""
+    states = [v.op.state for v in step.states if isinstance(v.op, StateInput)]
+    limits = {n: max(e.bounds[n][1] for e in entries if n in e.bounds) for n in ("tokens", "sequences", "outputs")}
+    return {
+        "block_size": block_size,
+        "arena_bytes": max(entry.memory.peak for entry in entries),
+        "symbols": list(SYMBOLS),
+        "limits": limits,
+        "states": [
+            {"name": s.name, "kind": s.kind, "dtype": s.dtype.value, "block_shape": list(s.shape[1:])} for s in states
+        ],
+    }
+
+
+def state_numbers(step: Graph) -> dict[str, int]:
+    """The states' places in a plan, by name."""
+    return {v.op.state.name: i for i, v in enumerate(step.states) if isinstance(v.op, StateInput)}

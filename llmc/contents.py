@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,42 +11,17 @@ from typing import Any
 import numpy as np
 
 from llmc import __version__
-from llmc.backends.base import SYMBOLS, Entry, Kernels
+from llmc.backends.base import Kernels
 from llmc.backends.render import render
-from llmc.backends.tvm.each import each_tokens
-from llmc.backends.tvm.plan import Buffers, describe_entry
 from llmc.importers.hf import ImportedModel
-from llmc.ir.graph import Graph, StateInput
+from llmc.ir.graph import Graph
 from llmc.ir.printer import INLINE
 from llmc.ir.target import Target
 from llmc.ir.types import DType
-from llmc.options import CompileOptions
 
 RUNTIME = Path(__file__).parent / "runtime"
-
-
-def make_plan(
-    entries: Sequence[Entry], placed: Mapping[str, tuple[int, int]], step: Graph, options: CompileOptions
-) -> dict[str, Any]:
-    """plan.json: the launches of every entry, and the buffers that they name by number."""
-    states = [v.op.state for v in step.states if isinstance(v.op, StateInput)]
-    buffers = Buffers(placed, {s.name: i for i, s in enumerate(states)})
-    described = {entry.name: describe_entry(entry, buffers) for entry in entries}
-    limits = {n: max(e.bounds[n][1] for e in entries if n in e.bounds) for n in ("tokens", "sequences", "outputs")}
-    return {
-        "block_size": options.block_size,
-        "arena_bytes": max(entry.memory.peak for entry in entries),
-        "private_bytes": max(entry.private.peak for entry in entries),
-        "each_tokens": min(each_tokens(entry.private) for entry in entries),
-        "symbols": list(SYMBOLS),
-        "limits": limits,
-        "states": [
-            {"name": s.name, "kind": s.kind, "dtype": s.dtype.value, "block_shape": list(s.shape[1:])} for s in states
-        ],
-        "buffers": buffers.table,
-        "kernels": buffers.kernels,
-        "entries": described,
-    }
+LAUNCHER = "launcher.so"
+"""What starts kernels on a GPU; without it the runtime starts them through ctypes."""
 
 
 def make_manifest(
@@ -67,7 +42,12 @@ def make_manifest(
         "llmc_version": __version__,
         "model": {k: v for k, v in asdict(info).items() if k not in ("generation", "chat_templates")},
         "generation": dict(info.generation),
-        "target": {"kind": "cpu", "machine": target.machine, "variants": list(kernels.variants)},
+        "target": {
+            "kind": target.kind,
+            "machine": target.machine,
+            "variants": list(kernels.variants),
+            **({"launcher": LAUNCHER if LAUNCHER in kernels.files else None} if target.kind == "cuda" else {}),
+        },
         "quantization": {
             **formats,
             "kv": kv_dtype.value,

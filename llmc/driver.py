@@ -7,23 +7,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from llmc.backends.buffers import parameters
+from llmc.backends.choose import backend_for
 from llmc.backends.package import PackageWriter, check_name, to_json
-from llmc.backends.tvm.backend import TvmBackend
-from llmc.backends.tvm.plan import parameters
 from llmc.backends.wheel import write_wheel
 from llmc.checks import make_checks
 from llmc.compile_report import CompileReport
-from llmc.contents import graph_files, make_manifest, make_plan, runtime_files, state_bytes_per_token
+from llmc.contents import graph_files, make_manifest, runtime_files, state_bytes_per_token
 from llmc.entries import specialised
 from llmc.importers.hf import ImportedModel, import_model
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
 from llmc.ir.op import Array, Value
-from llmc.ir.target import parse_target
+from llmc.ir.target import Target, parse_target
 from llmc.ir.types import DType
 from llmc.ir.verify import verify
-from llmc.options import KV_DTYPES, CompileOptions
+from llmc.options import KV_DTYPES, LIMITS, CompileOptions
 from llmc.passes.base import Observer, PassContext
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
@@ -52,13 +52,15 @@ def compile_model(
             )
         load = imported.weights.load
         package.require_space(imported.weights.bytes)
-        kv_dtype = kv_dtype_of(options, imported)
-        backend = TvmBackend(target, imported.info.max_sequence_length)
+        compute = compute_dtype(imported.graph, quant, target)
+        kv_dtype = kv_dtype_of(options, imported, target, compute)
+        backend = backend_for(target, imported.info.max_sequence_length, compute, options.block_size)
         with report.phase("passes"):
             step = run_passes(imported.graph, load, options, kv_dtype, quant, report)
             lowered = backend.lower(step)
             verify(lowered)
-            entries = [backend.plan(e, g) for e, g in specialised(lowered, options.limits)]
+            limits = options.limits or LIMITS[target.kind]
+            entries = [backend.plan(e, g) for e, g in specialised(lowered, limits, backend.entry_names)]
         report.memory = {e.name: e.memory_bytes for e in entries}
         with report.phase("kernels"):
             kernels = backend.compile(entries, Path(scratch))
@@ -71,13 +73,13 @@ def compile_model(
             )
         with report.phase("checks"):
             checks = make_checks(imported.graph, load, imported.info, kv_dtype, quant, target, options)
-        plan = make_plan(entries, placed, step, options)
+        plans = backend.describe(entries, placed, step, options.block_size)
         for file, data in {
             **kernels.files,
             **imported.tokenizer_files,
             **runtime_files(name),
             **graph_files({"model": imported.graph, "step": step, **{e.name: e.graph for e in entries}}),
-            "plan.json": to_json(plan),
+            **{file: to_json(plan) for file, plan in plans.items()},
             "checks.json": to_json(checks),
         }.items():
             package.write(file, data)
@@ -85,8 +87,8 @@ def compile_model(
             "weights": package.files["weights.bin"]["bytes"],
             "kernels": sum(map(len, kernels.files.values())),
             "kv_bytes_per_token": state_bytes_per_token(step, options.block_size),
-            "arena": plan["arena_bytes"],
-            "private": plan["private_bytes"],
+            "arena": max(entry.memory.peak for entry in entries),
+            "private": max(entry.private.peak for entry in entries),
         }
         manifest = make_manifest(
             name, imported, kernels, described(quant, step), kv_dtype, target, backend.versions, report.sizes
@@ -124,9 +126,21 @@ def host_flags() -> frozenset[str]:
     return frozenset()
 
 
-def kv_dtype_of(options: CompileOptions, imported: ImportedModel) -> DType:
-    """The KV cache's dtype: as asked, else f16 (f32 for a model whose weights are f32)."""
+def compute_dtype(graph: Graph, quant: Quantize | None, target: Target) -> DType:
+    """What activations are rounded to where they enter a product: f32 on a CPU. On a GPU the 16-bit dtype of the
+    weights, since its matrix units take two operands of one dtype; f32 where weights are kept in f32."""
+    dtypes = {v.type.dtype for v in graph.params}
+    if target.kind == "cpu" or (quant is None and not dtypes & {DType.BF16, DType.F16}):
+        return DType.F32
+    return DType.F16 if DType.F16 in dtypes and DType.BF16 not in dtypes else DType.BF16
+
+
+def kv_dtype_of(options: CompileOptions, imported: ImportedModel, target: Target, compute: DType) -> DType:
+    """The KV cache's dtype: as asked, else on a CPU f16 (f32 for a model whose weights are f32), on a GPU that of
+    activations."""
     if options.kv_quant in (None, "none"):
+        if target.kind == "cuda":
+            return compute
         wide = all(v.type.dtype is DType.F32 for v in imported.graph.params)
         return DType.F32 if wide else DType.F16
     if options.kv_quant not in KV_DTYPES:

@@ -18,6 +18,10 @@ class Limits:
     outputs: int = 64
 
 
+LIMITS = {"cpu": Limits(), "cuda": Limits(tokens=2048)}
+"""By kind of target. A GPU takes more tokens at once: with fewer, its matrix units wait for weights."""
+
+
 @dataclass(frozen=True)
 class CompileOptions:
     """What `llmc compile` was asked for."""
@@ -35,7 +39,8 @@ class CompileOptions:
     dump_ir: Path | None = None
     check_numerics: bool = False
     block_size: int = 16
-    limits: Limits = Limits()
+    limits: Limits | None = None
+    """None: what `LIMITS` has for the target."""
     checks: int = 3
     """How many prompts' logits are stored in the package for `verify`."""
     checks_max_parameters: int = 400_000_000

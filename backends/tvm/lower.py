@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmc.backends.dynamic_rotary import absorbed, dynamic_table
 from llmc.backends.tvm.lower_attention import lower_append, lower_attention
-from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
+from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
 from llmc.backends.tvm.tile_fusions import TILE_FUSIONS
 from llmc.backends.tvm.tiled_ops import BestOfPanels, TiledEmbedding, TiledGatedLinear, TiledLinear
@@ -57,7 +58,7 @@ class _Lowering:
         self.tiles: dict[Value, tuple[Value, ...]] = {}
         self.parameter_only = graph.parameter_only
         linear = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Linear)}
-        self.absorbed = _absorbed(graph)
+        self.absorbed = absorbed(graph)
         self.tied = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Embedding)} & linear
 
     def node(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -99,9 +100,7 @@ class _Lowering:
             if attention is not None:
                 return attention
         if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
-            source = inputs[1].op
-            table = DynamicRotaryTable(source.base, source.factor, source.max_positions, source.rotary_dim, op.scaling)
-            return b.make(table, inputs[:1]).results
+            return dynamic_table(b, op, inputs[1].op, inputs[0])
         if type(op) in _NORM_PARAMETERS:
             first = _NORM_PARAMETERS[type(op)]
             inputs = (*inputs[:first], *_floats(b, inputs[first:]))
@@ -188,18 +187,6 @@ class _Lowering:
         if key not in self.packed:
             self.packed[key] = getattr(b, how)(weight)
         return self.packed[key]
-
-
-def _absorbed(graph: Graph) -> set[Node]:
-    """Nodes that exist only to feed a dynamic rotary table, which computes them itself."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if isinstance(node.op, DynamicFrequencies):
-            found.add(node)
-            (positions,) = node.inputs
-            if all(n in found for n, _ in graph.uses[positions]):
-                found.add(positions.node)
-    return found
 
 
 def _floats(b: Emitter, values: tuple[Value, ...]) -> tuple[Value, ...]:

@@ -129,30 +129,3 @@ class PackedEmbedding(Op):
         """Only the rows that are asked for."""
         ids, packed = operands
         return ids.bytes + ids.elements * packed.bytes // self.rows
-
-
-@dataclass(frozen=True)
-class DynamicRotaryTable(Op):
-    """`rotary_table` over `dynamic_frequencies`, in one. Operand: positions i32 [t]; results: cos, sin f32
-    [t, rotary_dim / 2]."""
-
-    base: float
-    factor: float
-    max_positions: int
-    rotary_dim: int
-    scaling: float
-
-    stage = "step"
-    result_count = 2
-
-    def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        (positions,) = values
-        frequencies = b.dynamic_frequencies(
-            b.cast(positions, dtype=DType.F32),
-            base=self.base,
-            factor=self.factor,
-            max_positions=self.max_positions,
-            rotary_dim=self.rotary_dim,
-        )
-        result: tuple[Value, ...] = b.rotary_table(positions, frequencies, scaling=self.scaling)
-        return result

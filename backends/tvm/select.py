@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
+from llmc.backends.dynamic_rotary import DynamicRotaryTable
 from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention
-from llmc.backends.tvm.ops import DynamicRotaryTable, PackedEmbedding, PackedGatedLinear, PackedLinear
+from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.tile_fusions import (
     AddLayerNormTiles,
     AddRmsNormTiles,
@@ -52,6 +53,12 @@ def select(node: Node) -> Selected | None:
     """The kernel for a node, or None."""
     choose = _TABLE.get(type(node.op))
     return choose(node.op, node) if choose else None
+
+
+def arguments(node: Node) -> tuple[Value, ...] | None:
+    """The values that a node's kernel is given; None for a node without a kernel."""
+    chosen = select(node)
+    return None if chosen is None else chosen.arguments
 
 
 def _kernel(

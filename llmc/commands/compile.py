@@ -10,6 +10,7 @@ import typer
 from llmc.commands.common import Json, Model, error_console, print_json
 from llmc.driver import compile_model
 from llmc.ir.quant import FORMATS
+from llmc.ir.target import GPU_VARIANTS
 from llmc.options import CompileOptions
 from llmc.report.ledger import print_compile_report
 
@@ -27,7 +28,7 @@ def command(
         typer.Option(
             help="cpu (this machine), cpu:portable, or cpu:VARIANT,VARIANT: x86-64-v3, x86-64-v4, avx512-vnni,"
             " avx512-bf16; or cpu:aarch64. Only by its name: avx512-bf16, which is faster with bf16 weights but rounds"
-            " activations to bf16 too."
+            f" activations to bf16 too. Or cuda:ARCHITECTURE,…, on any machine: {', '.join(GPU_VARIANTS)}."
         ),
     ] = "cpu",
     quant: Annotated[

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc.backends.tvm.plan import is_intermediate
-from llmc.backends.tvm.select import select
+from llmc.backends.buffers import is_intermediate
+from llmc.backends.choose import arguments_of
 from llmc.importers.hf import import_model
 from llmc.inspection import read_graph
 from llmc.ir.graph import Graph, Input
@@ -105,21 +105,23 @@ def _first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tol
         sizes = dict(zip(("tokens", "sequences", "max_blocks", "outputs"), batch.dims, strict=True))
         sizes["num_blocks"] = int(batch.block_tables.max()) + 1
         values = _Reference(graph, {name: getattr(batch, name) for name in INPUTS}, load, sizes)
-        launched = [n for n in graph.nodes if n not in graph.parameter_only and select(n) is not None]
+        arguments = arguments_of(model.info["target"]["kind"])
+        named = [(n, arguments(n)) for n in graph.nodes if n not in graph.parameter_only]
+        launched = [(n, given) for n, given in named if given is not None]
         verdict = ""
-        for node, read in zip(launched, engine.executor.trace("prefill", batch), strict=True):
-            verdict = verdict or _difference(node, read, values, graph, tolerance)
+        for (node, given), read in zip(launched, engine.executor.trace("prefill", batch), strict=True):
+            verdict = verdict or _difference(node, given, read, values, graph, tolerance)
         for table in tables:
             table.free()
     return verdict
 
 
-def _difference(node: Node, read: Any, values: _Reference, graph: Graph, tolerance: float) -> str:
+def _difference(
+    node: Node, arguments: Sequence[Value], read: Any, values: _Reference, graph: Graph, tolerance: float
+) -> str:
     """What is wrong with a node's results, if anything."""
-    chosen = select(node)
-    assert chosen is not None
     expected = dict(zip(node.results, values.compute(node), strict=True))
-    for place, value in enumerate(chosen.arguments):
+    for place, value in enumerate(arguments):
         if value not in expected or not is_intermediate(storage(value), graph):
             continue
         want = expected[value]

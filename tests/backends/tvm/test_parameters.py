@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmc.backends.tvm.plan import parameter_name
+from llmc.backends.buffers import parameter_name
 from llmc.ir.builder import Builder
 from llmc.ir.types import DType
 

@@ -1,0 +1,29 @@
+"""The backend of a kind of target, by name: one is loaded when it is asked for, since what another is built on may not
+be installed (TVM is not on every machine with a GPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any
+
+from llmc.backends.base import Backend
+from llmc.ir.op import Node, Value
+from llmc.ir.target import Target
+from llmc.ir.types import DType
+
+MODULES = {"cpu": "llmc.backends.tvm", "cuda": "llmc.backends.triton"}
+"""By kind of target, where `backend.make` and `select.arguments` are."""
+
+
+def backend_for(target: Target, longest: int, compute: DType, block_size: int) -> Backend[Any]:
+    """The backend for sequences of `longest` tokens at most, in blocks of `block_size` tokens. `compute`: the dtype in
+    which activations enter products."""
+    make: Callable[..., Backend[Any]] = resolve_name(f"{MODULES[target.kind]}.backend:make")
+    return make(target, longest, compute, block_size)
+
+
+def arguments_of(kind: str) -> Callable[[Node], tuple[Value, ...] | None]:
+    """For packages of a kind of target: from a lowered node to its launch's arguments, None where it has no launch."""
+    arguments: Callable[[Node], tuple[Value, ...] | None] = resolve_name(f"{MODULES[kind]}.select:arguments")
+    return arguments

@@ -1,0 +1,177 @@
+"""Products with weights in blocks: one kernel, whose ends are chosen at compile time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.backends.base import KernelSpec
+from llmc.backends.render import render
+from llmc.backends.triton.packing import ROWS, blocks_of
+from llmc.backends.triton.source import POINTERS, KernelSource
+from llmc.backends.triton.tiling import Tiling
+from llmc.ir.errors import LlmcError
+from llmc.ir.quant import FORMATS
+from llmc.ir.target import GpuVariant
+from llmc.ir.types import DType
+
+NAMES = {DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16"}
+"""Triton's names of what products compute in."""
+
+_DEFAULTS: dict[str, Any] = {
+    "norm_eps": None,
+    "bias": False,
+    "activation": "none",
+    "epilogue": "store",
+    "num_heads": 0,
+    "num_kv_heads": 0,
+    "head_dim": 2,
+    "rotary_dim": 0,
+    "layout": "half",
+    "block_size": 1,
+    "state_dtype": "f32",
+    "out_dtype": "f32",
+}
+
+
+def linear_spec(
+    n: int,
+    k: int,
+    m: int,
+    rows_dim: int,
+    format: str,
+    weight_dtype: DType,
+    x_dtype: DType,
+    compute: DType,
+    tiling: Tiling,
+    **options: Any,
+) -> KernelSpec:
+    """A product of x [m, k] with a weight [n, k]; `m` tokens at most, as many as `dims[rows_dim]`.
+
+    `format`: of the weight, `none` or one of `llmc.ir.quant`; `weight_dtype` counts for `none`. Options: `norm_eps`
+    (of an RMS norm of x f32 on the way in), `bias`, `activation`, and `epilogue`: `store`, `residual`, `gated` or
+    `append` (with `num_heads`, `num_kv_heads`, `head_dim`, `rotary_dim`, `layout`, `block_size`, `state_dtype`);
+    `out_dtype`.
+    """
+    unknown = set(options) - set(_DEFAULTS)
+    assert not unknown, unknown
+    return KernelSpec.of(
+        "linear",
+        n=n,
+        k=k,
+        rows_dim=rows_dim,
+        format=format,
+        weight_dtype=weight_dtype.value,
+        x_dtype=x_dtype.value,
+        compute=compute.value,
+        block_n=tiling.block_n,
+        block_m=tiling.block_m,
+        block_k=tiling.block_k,
+        tiles_m=tiling.tiles_m(m),
+        programs=tiling.programs,
+        parts=tiling.parts(n, k, m),
+        stages=tiling.stages,
+        warps=tiling.warps,
+        stream=tiling.tiles_m(m) == 1,
+        **{**_DEFAULTS, **options},
+    )
+
+
+def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
+    """See `linear_spec`. Raises `LlmcError` where the architecture cannot read the format."""
+    p: dict[str, Any] = dict(spec.parameters)
+    compute = DType(p["compute"])
+    format = FORMATS.get(p["format"])
+    kind = "float" if format is None else "e4m3" if format.kind == "e4m3" else f"int{format.bits}"
+    if target is not None and not target.has_fp8 and "e4m3" in (kind, p["state_dtype"].removeprefix("f8")):
+        raise LlmcError(
+            f"{target.name} has no 8-bit floats, which {p['format'] if kind == 'e4m3' else 'fp8 keys and values'} need:"
+            " they come with sm_89; leave the architecture out, or take q8 weights and int8 keys and values"
+        )
+    group = format.group if format else p["block_k"]
+    text = render(
+        "triton/linear.py.jinja",
+        name=spec.symbol,
+        dequant=kind,
+        compute=NAMES[compute],
+        precision=', input_precision="ieee"' if compute is DType.F32 else "",
+        norm=p["norm_eps"] is not None,
+        scaled=format is not None,
+        bias=p["bias"],
+        epilogue=p["epilogue"],
+        rotated=p["rotary_dim"] > 0,
+        tail=p["k"] % p["block_k"] != 0,
+        ragged=blocks_of(p["n"], ROWS) * ROWS % p["block_n"] != 0,
+        stream=p["stream"],
+        state=p["state_dtype"],
+        **_codes(kind, compute),
+    )
+    return KernelSource(
+        spec.symbol,
+        text,
+        tuple(_arguments(p, kind)),
+        (
+            ("N", p["n"]),
+            ("K", p["k"]),
+            ("BLOCK_N", p["block_n"]),
+            ("BLOCK_M", p["block_m"]),
+            ("BLOCK_K", p["block_k"]),
+            ("TILES_M", p["tiles_m"]),
+            ("PROGRAMS", p["programs"]),
+            ("PARTS", p["parts"]),
+            ("STAGES", p["stages"]),
+            ("ROWS_DIM", p["rows_dim"]),
+            ("GROUP", group),
+            ("EPS", p["norm_eps"] or 0.0),
+            ("ACTIVATION", p["activation"]),
+            ("HEADS", p["num_heads"]),
+            ("KV_HEADS", p["num_kv_heads"]),
+            ("HEAD_DIM", p["head_dim"]),
+            ("ROTARY_DIM", p["rotary_dim"]),
+            ("INTERLEAVED", p["layout"] == "interleaved"),
+            ("BLOCK_SIZE", p["block_size"]),
+            ("PREFETCH", _prefetched(p, format) if target and target.has_dependent_launch and p["stream"] else 0),
+            ("PDL", target is not None and target.has_dependent_launch),
+        ),
+        num_warps=p["warps"],
+        num_stages=p["stages"],
+        weights=p["block_n"] * p["block_k"],
+    )
+
+
+def _codes(kind: str, compute: DType) -> dict[str, Any]:
+    """How codes become numbers in the dtype that products take: by what they come out too large, and in two halves or
+    one. bf16 has 7 bits of mantissa, so that 128 + a code of 4 bits is exact; f16 has 10."""
+    wide = compute is DType.BF16
+    values: dict[str, Any] = {"halves": False, "offset": 0, "half": "tl.bfloat16" if wide else "tl.float16"}
+    if kind == "int4":
+        values |= {"magic": "0x43004300" if wide else "0x64006400", "magic_value": 128 if wide else 1024}
+        values["offset"] = values["magic_value"] + 8
+    if kind == "int8":
+        values["halves"] = wide
+        # (128 + low) + 16 · (128 + high) is code + 17 · 128, and a code is 128 too large.
+        values["offset"] = 18 * 128 if wide else 1024 + 128
+    return values
+
+
+def _arguments(p: dict[str, Any], kind: str) -> list[tuple[str, str]]:
+    weight = {"float": POINTERS[DType(p["weight_dtype"])], "e4m3": "*u8"}.get(kind, "*i32")
+    state = POINTERS[DType(p["state_dtype"])]
+    named = [("x_ptr", POINTERS[DType(p["x_dtype"])])]
+    named += [("norm_ptr", "*fp32")] if p["norm_eps"] is not None else []
+    named += [("weight_ptr", weight)]
+    named += [("scale_ptr", "*fp16")] if kind != "float" else []
+    named += [("bias_ptr", "*fp32")] if p["bias"] else []
+    named += [("residual_ptr", "*fp32")] if p["epilogue"] == "residual" else []
+    if p["epilogue"] == "append":
+        named += [("cos_ptr", "*fp32"), ("sin_ptr", "*fp32")] if p["rotary_dim"] else []
+        named += [("slot_ptr", "*i32"), ("key_ptr", state), ("value_ptr", state)]
+    named += [("out_ptr", POINTERS[DType(p["out_dtype"])])]
+    return [*named, ("workspace_ptr", "*fp32"), ("tickets_ptr", "*i32"), ("dims_ptr", "*i32")]
+
+
+def _prefetched(p: dict[str, Any], format: Any) -> int:
+    """Bytes that a program asks for before it waits: its first pieces, as many as it has loads in flight."""
+    bits = format.bits if format else 8 * DType(p["weight_dtype"]).itemsize
+    units = blocks_of(p["n"], p["block_n"]) * blocks_of(p["k"], p["block_k"])
+    per = blocks_of(units, p["programs"])
+    return int(ROWS * p["block_k"] * bits // 8 * min(per, p["stages"]))

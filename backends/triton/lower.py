@@ -1,0 +1,230 @@
+"""From a step graph to ops that have Triton kernels: weights in blocks, and activations that enter products rounded to
+the dtype of the matrix units. What a product's result is added to stays in f32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from llmc.backends.dynamic_rotary import absorbed, dynamic_table
+from llmc.backends.triton.blocks import block_weight
+from llmc.backends.triton.ops import (
+    SAMPLING_WORDS,
+    BlockAppend,
+    BlockGatedLinear,
+    BlockLinear,
+    RoundedAppend,
+    RoundedNorm,
+    SelectTokens,
+)
+from llmc.backends.triton.select import has_kernel
+from llmc.ir.errors import NoKernel
+from llmc.ir.graph import Graph, Input
+from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
+from llmc.ir.ops.attention import PagedAttention
+from llmc.ir.ops.cache import QkvAppend, RopeAppend
+from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.linear import GatedLinear, Linear
+from llmc.ir.ops.norm import LayerNorm, RmsNorm
+from llmc.ir.ops.quantized import DequantizeWeight, QuantizedEmbedding
+from llmc.ir.ops.reduce import Argmax
+from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
+from llmc.ir.printer import op_text
+from llmc.ir.types import DType, TensorType
+
+_PRODUCTS = (Linear, GatedLinear)
+
+
+def lower(graph: Graph, compute: DType) -> Graph:
+    """The graph with every node in an op that has a kernel. Raises `NoKernel` naming the first that has none."""
+    lowering = _Lowering(graph, compute)
+    lowered = graph.map(lowering.node)
+    inputs = (*lowered.inputs, *([lowering.sampling] if lowering.sampling else []))
+    outputs = (*lowered.outputs, *([("chosen", lowering.chosen)] if lowering.chosen else []))
+    return lowered.map(inputs=inputs, outputs=outputs)
+
+
+def entry_graph(name: str, graph: Graph) -> Graph:
+    """A lowered, specialised graph in the form that its entry point runs.
+
+    With one token for each sequence, norms become part of the products that read them: a launch less, where a launch
+    takes as long as reading half a megabyte. With many, each tile of a product would normalise its rows again.
+    """
+    return graph.map(_norm_into_product) if name == "decode" else graph
+
+
+def _norm_into_product(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+    b = Emitter()
+    b.loc = node.loc
+    norm = inputs[0].op if inputs else None
+    product = isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
+    if product and isinstance(norm, RoundedNorm) and not norm.centred:
+        fused = replace(node.op, norm_eps=norm.eps)
+        return b.make(fused, (*inputs[0].node.inputs, *inputs[1:])).results
+    return node.results if inputs == node.inputs else b.make(node.op, inputs).results
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, compute: DType) -> None:
+        self.graph = graph
+        self.compute = compute
+        self.sampling: Value | None = None
+        self.chosen: Value | None = None
+        self.blocks: dict[tuple[Value, str], tuple[Value, ...]] = {}
+        self.absorbed = absorbed(graph)
+
+    def node(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        """What takes the node's place; `inputs` are its operands, lowered already."""
+        b = Emitter()
+        b.loc = node.loc
+        if node in self.graph.parameter_only:
+            return b.make(node.op, inputs).results if inputs != node.inputs else node.results
+        if node in self.absorbed:
+            return node.results
+        return as_tuple(self.lowered(b, node, inputs))
+
+    def lowered(self, b: Emitter, node: Node, inputs: tuple[Value, ...]) -> Value | tuple[Value, ...]:
+        """The node in ops that have kernels."""
+        op = node.op
+        if isinstance(op, Linear | GatedLinear):
+            return self._product(b, node, op, inputs)
+        if isinstance(op, RopeAppend | QkvAppend):
+            return self._append(b, node, op, inputs)
+        if isinstance(op, RmsNorm | LayerNorm):
+            x, *vectors = inputs
+            norm = RoundedNorm(op.eps, self._dtype(node), isinstance(op, LayerNorm))
+            return self._emit(b, norm, _wide(b, x), *(_wide(b, v) for v in vectors))
+        if isinstance(op, PagedAttention):
+            q, *rest = inputs
+            return self._emit(b, op, self._narrow(b, q), *rest)
+        if isinstance(op, Embedding | QuantizedEmbedding):
+            return self._embedding(b, node, op, inputs)
+        if isinstance(op, Argmax) and node.results[0] in dict(self.graph.outputs).values() and self.sampling is None:
+            return self._select(b, inputs[0])
+        if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
+            return dynamic_table(b, op, inputs[1].op, inputs[0])
+        made = b.make(op, tuple(_wide(b, v) for v in inputs))
+        if has_kernel(made):
+            return made.results
+        if not op.decomposes:
+            name, attributes = op_text(op)
+            types = ", ".join(str(v.type) for v in inputs)
+            raise NoKernel(f"no GPU kernel for {name}({types}){attributes} at {node.loc or 'no place'}, a primitive op")
+        return self._expand(b, made)
+
+    def _product(self, b: Emitter, node: Node, op: Linear | GatedLinear, inputs: tuple[Value, ...]) -> Value:
+        x, weight, *rest = inputs
+        rows, width = weight.type.concrete({})
+        format = _format(weight)
+        if isinstance(op, GatedLinear):
+            if op.bias:
+                return self._gated_with_bias(b, node, op, inputs)
+            gated = BlockGatedLinear(format, rows, width, op.activation, None, self._dtype(node))
+            return self._emit(b, gated, x, *self._blocks(b, weight, gated))
+        linear = BlockLinear(format, rows, width, op.bias, op.activation, op.residual, None, self._dtype(node))
+        bias = [_wide(b, v) for v in rest[: op.bias]]
+        residual = [_wide(b, v) for v in rest[op.bias :]]
+        return self._emit(b, linear, x, *self._blocks(b, weight, linear), *bias, *residual)
+
+    def _gated_with_bias(self, b: Emitter, node: Node, op: GatedLinear, inputs: tuple[Value, ...]) -> Value:
+        """Two linears and a product: gated blocks have no place for a bias."""
+        x, weight, bias = inputs
+        rows, _ = weight.type.concrete({})
+        halves = []
+        for start, activation in ((0, op.activation), (rows // 2, "none")):
+            part, part_bias = (b.slice(v, axis=0, start=start, stop=start + rows // 2) for v in (weight, bias))
+            half = b.make(Linear(True, activation), (_wide(b, x), part, part_bias))
+            halves.append(_wide(b, self._product(b, half, Linear(True, activation), (x, part, part_bias))))
+        result: Value = b.mul(*halves)
+        return result
+
+    def _append(
+        self, b: Emitter, node: Node, op: RopeAppend | QkvAppend, inputs: tuple[Value, ...]
+    ) -> tuple[Value, ...]:
+        """Part of the product that makes queries, keys and values, where that has no other reader and keys and values
+        are stored as they are; codes have a scale for a whole head, which no tile need hold."""
+        qkv, *rest = inputs
+        rotation: tuple[int, str] = (op.rotary_dim, op.layout) if isinstance(op, RopeAppend) else (0, "half")
+        heads = (op.num_heads, op.num_kv_heads, op.head_dim, *rotation)
+        source = node.inputs[0].node
+        product = qkv.op
+        alone = len(self.graph.uses[node.inputs[0]]) == 1
+        if isinstance(product, BlockLinear) and alone and not op.scaled and not product.residual:
+            if product.activation == "none" and op.head_dim % 2 == 0:
+                made = BlockAppend(
+                    product.format, product.width, product.bias, *heads, product.norm_eps, self._dtype(node)
+                )
+                x, weight, *bias = (qkv.node.inputs[0], source.inputs[1], *qkv.node.inputs[product.rest_at :])
+                blocks = self._blocks(b, weight, made)
+                return b.make(made, (x, *blocks, *self._ordered_bias(b, made, bias), *rest)).results
+        return b.make(RoundedAppend(*heads, op.scaled, self._dtype(node)), (_wide(b, qkv), *rest)).results
+
+    def _ordered_bias(self, b: Emitter, op: BlockAppend, bias: list[Value]) -> list[Value]:
+        return bias
+
+    def _embedding(
+        self, b: Emitter, node: Node, op: Embedding | QuantizedEmbedding, inputs: tuple[Value, ...]
+    ) -> Value:
+        """Read out of the blocks of the head that shares the table, where one does."""
+        made = b.make(op, inputs)
+        assert has_kernel(made), made
+        return made.results[0]
+
+    def _select(self, b: Emitter, logits: Value) -> Value:
+        """Greedy tokens, and those that the rows' sampling draws: a further input and a further output."""
+        words = TensorType(DType.I32, (logits.type.shape[0], SAMPLING_WORDS))
+        self.sampling = Value(Node(Input("sampling"), (), (words,)))
+        greedy, self.chosen = b.make(SelectTokens(), (logits, self.sampling)).results
+        return greedy
+
+    def _expand(self, b: Emitter, node: Node) -> tuple[Value, ...]:
+        """The node's decomposition, lowered in turn."""
+        holes, results = node.op.expand([v.type for v in node.inputs])
+        new = dict(zip(holes, node.inputs, strict=True))
+        for inner in topological(v.node for v in results):
+            if isinstance(inner.op, Hole):
+                continue
+            made = self.lowered(b, inner, tuple(new[v] for v in inner.inputs))
+            new.update(zip(inner.results, as_tuple(made), strict=True))
+        return tuple(new[v] for v in results)
+
+    def _emit(self, b: Emitter, op: Op, *inputs: Value) -> Value:
+        made = b.make(op, inputs)
+        assert has_kernel(made), made
+        return made.results[0]
+
+    def _blocks(self, b: Emitter, weight: Value, op: Any) -> tuple[Value, ...]:
+        """The weight in blocks, and its scales, made once for all their readers."""
+        key = (weight, op.order)
+        if key not in self.blocks:
+            self.blocks[key] = block_weight(b, op, weight, self.compute)
+        return self.blocks[key]
+
+    def _dtype(self, node: Node) -> DType:
+        """What a node's first result is rounded to: the products' dtype, when nothing else reads it."""
+        result = node.results[0]
+        readers = self.graph.uses.get(result, ())
+        if result in self.graph.results or not readers:
+            return DType.F32
+        return self.compute if all(_enters_product(n, i) for n, i in readers) else DType.F32
+
+    def _narrow(self, b: Emitter, x: Value) -> Value:
+        result: Value = x if x.type.dtype is self.compute else b.cast(x, dtype=self.compute)
+        return result
+
+
+def _enters_product(node: Node, operand: int) -> bool:
+    """Whether a node reads an operand only to multiply it with matrices."""
+    return operand == 0 and isinstance(node.op, (*_PRODUCTS, PagedAttention))
+
+
+def _format(weight: Value) -> str:
+    """The format of a product's weight."""
+    return weight.op.format if isinstance(weight.op, DequantizeWeight) else "none"
+
+
+def _wide(b: Emitter, x: Value) -> Value:
+    if not x.type.dtype.is_float or x.type.dtype is DType.F32 or (x.op.leaf and x.type.rank > 2):
+        return x
+    result: Value = b.cast(x, dtype=DType.F32)
+    return result

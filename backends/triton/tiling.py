@@ -1,0 +1,165 @@
+"""How a product is cut into tiles and dealt to programs: a model of time, from the chip's figures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llmc.backends.triton.packing import COLUMNS, ROWS, blocks_of
+from llmc.ir.target import GpuVariant
+
+LATENCY = 1.0e-6
+"""Seconds from asking for memory to having it, with the memory busy: so much of its bandwidth must be under way."""
+LAUNCH = 1.5e-6
+"""Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
+MATRIX_RATE = 1024.0
+"""Products of 16-bit numbers that a multiprocessor adds up in a cycle; four times as many from Hopper on."""
+RESERVED = 1024
+"""Bytes of shared memory that the system keeps of each program's."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product as the model sees it: y [m, n] = x [m, k] · weight [n, k]ᵀ.
+
+    `bits`: of a weight, its scale counted; `item`: bytes of an element of x in shared memory; `code_bits`: of a weight
+    there; `span`: columns that share a scale, or 0.
+    """
+
+    n: int
+    k: int
+    m: int
+    bits: float
+    code_bits: int
+    span: int
+    item: int
+    norm: bool = False
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows of the weight, tokens and columns of a tile; programs; loads in flight, and warps of a program.
+
+    `parts`: among how many programs a tile may be split.
+    """
+
+    block_n: int
+    block_m: int
+    block_k: int
+    programs: int
+    stages: int
+    warps: int
+
+    def tiles(self, n: int, m: int) -> int:
+        """Tiles of the result."""
+        return blocks_of(n, self.block_n) * self.tiles_m(m)
+
+    def tiles_m(self, m: int) -> int:
+        """Tiles side by side over tokens."""
+        return blocks_of(m, self.block_m)
+
+    def chunks(self, k: int) -> int:
+        """Pieces of a tile."""
+        return blocks_of(k, self.block_k)
+
+    def per_program(self, n: int, k: int, m: int) -> int:
+        """Pieces that a program takes."""
+        return blocks_of(self.tiles(n, m) * self.chunks(k), self.programs)
+
+    def parts(self, n: int, k: int, m: int) -> int:
+        """Among how many programs a tile may be split, at most."""
+        per, chunks = self.per_program(n, k, m), self.chunks(k)
+        if chunks % per == 0 or per % chunks == 0:
+            return max(1, chunks // per)
+        return (chunks - 2) // per + 2
+
+    def workspace_bytes(self, n: int, k: int, m: int) -> int:
+        """What split tiles leave for each other: f32 tiles, and a row of sums."""
+        return 4 * self.tiles(n, m) * self.parts(n, k, m) * (self.block_n + 1) * self.block_m
+
+    def shared_bytes(self, product: Product) -> int:
+        """Shared memory of a program: the loads in flight, and a tile of x as the matrix unit takes it."""
+        weight = self.block_n * self.block_k * product.code_bits // 8
+        x = self.block_k * self.block_m * (4 if product.norm else product.item)
+        rounded = self.block_k * self.block_m * product.item if product.norm else 0
+        return self.stages * (weight + x) + rounded + RESERVED
+
+
+def choose(product: Product, variant: GpuVariant) -> Tiling:
+    """The tiling with the least modelled time; of equals, the one with fewer programs and smaller tiles."""
+    return candidates(product, variant)[0]
+
+
+def candidates(product: Product, variant: GpuVariant, most: int = 8) -> list[Tiling]:
+    """The best tilings by the model, the best first: what `--tune` measures."""
+    found = {t: seconds(product, t, variant) for t in _possible(product, variant)}
+    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, t.stages))[:most]
+
+
+def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
+    """Modelled time: the slower of memory and matrix units, for the program that has most to do, and the launch."""
+    per = tiling.per_program(product.n, product.k, product.m)
+    resident = _resident(product, tiling, variant)
+    at_once = min(tiling.programs, resident * variant.multiprocessors)
+    waves = blocks_of(tiling.programs, resident * variant.multiprocessors)
+    weight = tiling.block_n * tiling.block_k * product.bits / 8
+    x = tiling.block_k * tiling.block_m * product.item / 8  # out of the L2 cache, which gives several times as much
+    in_flight = at_once * (tiling.stages - 1) * tiling.block_n * tiling.block_k * product.bits / 8
+    bandwidth = variant.bandwidth * min(1.0, in_flight / (variant.bandwidth * LATENCY))
+    memory = waves * per * (weight + x) * at_once / bandwidth
+    rate = MATRIX_RATE * (4 if variant.capability >= (9, 0) else 1) * variant.clock * variant.multiprocessors
+    if product.item == 4:
+        rate /= 16  # f32 is multiplied by ordinary units
+    wide = max(tiling.block_m, 16)
+    # A unit of small tiles waits for its operands: half the rate at 64 rows and 64 tokens, most of it at 128 and 256.
+    share = (tiling.block_n * wide) / (tiling.block_n * wide + 64 * 64)
+    matrix = waves * per * tiling.block_n * wide * tiling.block_k * at_once / (rate * share)
+    split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
+    return max(memory, matrix) + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
+
+
+def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
+    few = product.m <= 64
+    widest = max(8, 1 << (product.m - 1).bit_length()) if product.m > 1 else 8
+    sizes_m = [min(widest, 64)] if few else [m for m in (64, 128, 256) if m <= widest]
+    for block_m in sizes_m:
+        for block_n in (ROWS, 2 * ROWS):
+            for block_k in (COLUMNS,) if few or product.span else (COLUMNS // 2, COLUMNS):
+                for stages in (5, 4, 3, 2):
+                    warps = 8 if block_n * block_m >= 128 * 128 else 4
+                    made = Tiling(block_n, block_m, block_k, 1, stages, warps)
+                    if made.shared_bytes(product) > variant.shared_bytes or block_n * block_m > 128 * 256:
+                        continue
+                    yield from _dealt(product, made, variant, few)
+
+
+def _dealt(product: Product, tiling: Tiling, variant: GpuVariant, few: bool) -> Iterator[Tiling]:
+    """The tiling with its programs: as many as stay on the chip, each with as many pieces as any, or one a tile."""
+    tiles = tiling.tiles(product.n, product.m)
+    if not few:
+        yield _with(tiling, tiles)
+        return
+    units = tiles * tiling.chunks(product.k)
+    for resident in range(1, min(4, _resident(product, tiling, variant)) + 1):
+        per = blocks_of(units, min(units, resident * variant.multiprocessors))
+        yield _with(tiling, blocks_of(units, per))
+
+
+def _with(tiling: Tiling, programs: int) -> Tiling:
+    return Tiling(tiling.block_n, tiling.block_m, tiling.block_k, programs, tiling.stages, tiling.warps)
+
+
+def _resident(product: Product, tiling: Tiling, variant: GpuVariant) -> int:
+    """Programs that a multiprocessor holds at once: by shared memory, and registers for 16 warps of this kind."""
+    return max(1, min(variant.shared_bytes // tiling.shared_bytes(product), 16 // tiling.warps))
+
+
+def expected_bits(bits: int, group: int) -> float:
+    """Bits of a weight with its part of an f16 scale."""
+    return bits + 16 / group if group else float(bits)
+
+
+def balance(product: Product, tiling: Tiling) -> float:
+    """The mean program's pieces over the busiest one's: 1 when all end together."""
+    units = tiling.tiles(product.n, product.m) * tiling.chunks(product.k)
+    return units / (tiling.programs * tiling.per_program(product.n, product.k, product.m))
