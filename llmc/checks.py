@@ -15,7 +15,7 @@ from llmc.ir.target import Target
 from llmc.ir.types import DType
 from llmc.options import CompileOptions
 from llmc.passes.pipelines import model_pipeline
-from llmc.passes.quantize import NONE, Quantize
+from llmc.passes.quantize import INT8, NONE, Quantize
 
 _LENGTHS = (5, 12, 3, 8)
 _TOP = 8
@@ -77,4 +77,4 @@ def _steps(graph: Graph, quant: Quantize | None, target: Target) -> list[float]:
     """How far activations may be off because kernels round them, by every reason for it; zero for none."""
     kept = quant is None or NONE in (quant.format, quant.head)
     pairs = kept and any(v.type.dtype is DType.BF16 for v in graph.params) and any(v.rounds for v in target.variants)
-    return [CODE_STEP if quant else 0.0, PAIR_STEP if pairs else 0.0]
+    return [CODE_STEP if quant is not None and quant.activations == INT8 else 0.0, PAIR_STEP if pairs else 0.0]

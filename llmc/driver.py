@@ -20,15 +20,15 @@ from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
 from llmc.ir.op import Array, Value
-from llmc.ir.target import parse_target
+from llmc.ir.target import Target, parse_target
 from llmc.ir.types import DType
 from llmc.ir.verify import verify
-from llmc.options import KV_DTYPES, CompileOptions
+from llmc.options import CPU_KV_DTYPES, KV_DTYPES, CompileOptions
 from llmc.passes.base import Observer, PassContext
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
-from llmc.passes.quantize import Quantize
-from llmc.quantization import described, read_quantization
+from llmc.passes.quantize import NONE, Quantize
+from llmc.quantization import activations_of, described, read_quantization
 
 
 def compile_model(
@@ -40,7 +40,8 @@ def compile_model(
     """
     name = check_name(options.name or output.absolute().name)
     target = parse_target(options.target, host_flags())
-    quant = read_quantization(options.quant)
+    quant = read_quantization(options.quant, activations_of(target))
+    check_kv_quant(options.kv_quant, target)
     report = CompileReport(output.absolute(), progress)
     with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
         with report.phase("import"):
@@ -124,11 +125,19 @@ def host_flags() -> frozenset[str]:
     return frozenset()
 
 
+def check_kv_quant(given: str | None, target: Target) -> None:
+    """Raise `LlmcError` unless the target has kernels for such a KV cache, naming those that it has."""
+    choices = [NONE, *(CPU_KV_DTYPES if target.kind == "cpu" else KV_DTYPES)]
+    if given is None or given in choices:
+        return
+    if given in KV_DTYPES:
+        raise LlmcError(f"--kv-quant {given} is for GPU targets only; a CPU target takes {', '.join(choices)}")
+    raise LlmcError(f"--kv-quant {given}: {nearest(given, choices)}")
+
+
 def kv_dtype_of(options: CompileOptions, imported: ImportedModel) -> DType:
-    """The KV cache's dtype: as asked, else f16 (f32 for a model whose weights are f32)."""
-    if options.kv_quant in (None, "none"):
+    """The KV cache's dtype: as asked (see `check_kv_quant`), else f16 (f32 for a model whose weights are f32)."""
+    if options.kv_quant in (None, NONE):
         wide = all(v.type.dtype is DType.F32 for v in imported.graph.params)
         return DType.F32 if wide else DType.F16
-    if options.kv_quant not in KV_DTYPES:
-        raise LlmcError(f"--kv-quant {options.kv_quant}: {nearest(str(options.kv_quant), ['none', *KV_DTYPES])}")
     return KV_DTYPES[options.kv_quant]
