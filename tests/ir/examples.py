@@ -169,16 +169,26 @@ def dynamic(p: Array) -> Array:
     return base[:, None] ** (-np.arange(0, 6, 2) / 6)
 
 
-def weight_types(n: int, groups: int) -> tuple[TensorType, TensorType]:
+def weight_types(n: int, groups: int, group: int = 32) -> tuple[TensorType, TensorType]:
     """Codes and scales of n rows."""
-    return TensorType(DType.U8, (n, 32 * groups)), TensorType(DType.F16, (n, groups))
+    return TensorType(DType.U8, (n, group * groups)), TensorType(DType.F16, (n, groups))
 
 
-def dequantized(codes: Array, scales: Array, zero: int, width: int) -> Array:
+def dequantized(codes: Array, scales: Array, zero: int, width: int, group: int = 32) -> Array:
     """Weights, one by one."""
     out = np.zeros((len(codes), width))
     for row, column in np.ndindex(out.shape):
-        out[row, column] = (int(codes[row, column]) - zero) * scales[row, column // 32]
+        out[row, column] = (int(codes[row, column]) - zero) * scales[row, column // group]
+    return out
+
+
+def dequantized_floats(codes: Array, scales: Array, width: int) -> Array:
+    """The same of 8-bit floats: 1 bit of sign, 4 of exponent about 7, 3 of mantissa."""
+    out = np.zeros((len(codes), width))
+    for row, column in np.ndindex(out.shape):
+        exponent, mantissa = int(codes[row, column]) // 8 % 16, int(codes[row, column]) % 8
+        size = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6
+        out[row, column] = (-size if codes[row, column] >= 128 else size) * scales[row, column // 128]
     return out
 
 
@@ -204,6 +214,7 @@ def fake(x: Array) -> Array:
 
 EIGHT_BITS = np.array([np.arange(32) * 8 - 127, np.zeros(32)])
 CODES = np.random.default_rng(3).integers(0, 16, (4, 64))
+FLOAT_CODES = np.random.default_rng(4).permutation(2 * 256).reshape(2, 256) % 256 // 128 * 128 + np.arange(256) % 127
 POSITIONS = {3: np.arange(SIZE)}
 TABLE = np.arange(12.0).reshape(4, 3).astype(np.float32)
 
@@ -229,6 +240,12 @@ EXAMPLES = [
     Example(LogicalAnd(), (TensorType(DType.BOOL, (3,)),) * 2, lambda x, y: x & y, {0: np.array([True, True, False])}),
     Example(Mask(-math.inf), (f(2, 3), TensorType(DType.BOOL, (3,))), lambda x, m: np.where(m, x, -np.inf)),
     Example(Cast(DType.F16), (f(T, 3),), lambda x: x.astype(np.float16).astype(np.float64)),
+    Example(
+        Cast(DType.F8E4M3),
+        (f(9),),
+        lambda x: np.array([448.0, -448.0, 448.0, 1.0, 1.25, -1.25, 2.0**-9, 0.0, np.nan]),
+        {0: np.array([460.0, -1e9, np.inf, 1.0625, 1.1876, -1.3124, 2.0**-9, 2.0**-10, np.nan])},
+    ),
     Example(Cast(DType.I32), (f(T),), np.trunc),
     Example(Silu(), (f(T, 4),), silu),
     Example(
@@ -266,6 +283,24 @@ EXAMPLES = [
     ),
     Example(DequantizeWeight("q8", 33), weight_types(4, 2), lambda c, s: dequantized(c, s, 128, 33)),
     Example(DequantizeWeight("q4", 64), weight_types(4, 2), lambda c, s: dequantized(c, s, 8, 64), {0: CODES}),
+    Example(
+        DequantizeWeight("q4g64", 100),
+        weight_types(2, 2, 64),
+        lambda c, s: dequantized(c, s, 8, 100, 64),
+        {0: CODES.reshape(2, 128)},
+    ),
+    Example(
+        DequantizeWeight("fp8", 200),
+        weight_types(2, 2, 128),
+        lambda c, s: dequantized_floats(c, s, 200),
+        {0: FLOAT_CODES},
+    ),
+    Example(
+        QuantizedEmbedding("fp8", 256),
+        (i(T), *weight_types(2, 2, 128)),
+        lambda ids, c, s: dequantized_floats(c, s, 256)[ids],
+        {1: FLOAT_CODES},
+    ),
     Example(QuantizeRows(), (f(T, 64),), rounded),
     Example(QuantizeRows(), (f(T, 40),), rounded),
     Example(
