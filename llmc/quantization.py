@@ -88,4 +88,7 @@ def of_manifest(table: Mapping[str, Any]) -> Quantize | None:
     """The pass that made a package, from its manifest's `quantization`; one that is silent on activations is of a
     version that had them in 8 bits only."""
     parts = [str(table.get(key, NONE)) for key in ("weights", "lm_head", "embedding")]
-    return None if set(parts) == {NONE} else Quantize(*parts, str(table.get("activations", INT8)))
+    if set(parts) == {NONE}:
+        return None
+    weights, lm_head, embedding = parts
+    return Quantize(weights, lm_head, embedding, str(table.get("activations", INT8)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,18 @@ PAGED = (f(3, 1, 2, 4), f(3, 1, 4, 2))
 TABLES = np.array([[2, 0], [1, 0]])
 
 
-def paged(q: Array, key: Array, value: Array, positions: Array, starts: Array, tables: Array) -> Array:
+def paged(
+    q: Array,
+    key: Array,
+    value: Array,
+    positions: Array,
+    starts: Array,
+    tables: Array,
+    sinks: Array | None = None,
+    *,
+    window: int = 99,
+    cap: float = 0.0,
+) -> Array:
     """Two sequences, 3 and 2 tokens, 2 heads of width 2 over one key head."""
     out = np.zeros_like(q)
     for t in range(len(q)):
@@ -159,8 +171,10 @@ def paged(q: Array, key: Array, value: Array, positions: Array, starts: Array, t
         keys = np.concatenate([key[b, 0].T for b in blocks])[: positions[t] + 1]
         values = np.concatenate([value[b, 0] for b in blocks])[: positions[t] + 1]
         for head in range(2):
-            weights = np.exp(keys @ q[t, 2 * head : 2 * head + 2] * 0.5)
-            out[t, 2 * head : 2 * head + 2] = weights @ values / weights.sum()
+            scores = (keys @ q[t, 2 * head : 2 * head + 2] * 0.5)[-window:]
+            weights = np.exp(cap * np.tanh(scores / cap) if cap else scores)
+            total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+            out[t, 2 * head : 2 * head + 2] = weights @ values[-window:] / total
     return out
 
 
@@ -380,6 +394,12 @@ EXAMPLES = [
         PagedAttention(2, 1, 2, 0.5),
         (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
         paged,
+        {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
+    ),
+    Example(
+        PagedAttention(2, 1, 2, 0.5, window=3, soft_cap=0.75, sinks=True),
+        (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(2)),
+        partial(paged, window=3, cap=0.75),
         {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
     ),
     Example(KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), *STATES), append, {2: SLOTS}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -196,6 +197,32 @@ def test_operands_of_another_number_are_refused(example: Example) -> None:
             (f(5, 4), *PAGED, i(5), i(4), i(2, 2)),
             r"block_tables \[sequences, max_blocks\]",
         ),
+        (
+            PagedAttention(2, 1, 2, 1.0, window=-1),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
+            "a window of at least 1, or 0",
+        ),
+        (PagedAttention(2, 1, 2, 1.0, soft_cap=-2.0), (f(5, 4), *PAGED, i(5), i(3), i(2, 2)), "a soft_cap above 0, or"),
+        (
+            PagedAttention(2, 1, 2, 1.0, soft_cap=math.inf),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
+            "a soft_cap above 0, or",
+        ),
+        (
+            PagedAttention(2, 1, 2, 1.0, sinks=True),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
+            "block_tables, sinks; given",
+        ),
+        (
+            PagedAttention(2, 1, 2, 1.0),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(2)),
+            "query_start, block_tables; given",
+        ),
+        (
+            PagedAttention(2, 1, 2, 1.0, sinks=True),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(4)),
+            r"expected sinks f32\[2\]; given f32\[4\]",
+        ),
         (PagedAttention(2, 1, 2, 1.0), (f(5, 4), PAGED[1], PAGED[0], i(5), i(3), i(2, 2)), "key state of these heads"),
         (KvAppend(1, 2), (f(T, 4), f(T, 4), i(T), *STATES), r"expected k and v \[tokens, 2\]"),
         (KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), STATES[0], PAGED[1]), "states of one dtype"),
@@ -273,7 +300,7 @@ def test_rounding_of_states() -> None:
 
 
 def test_states_in_8_bit_floats_saturate() -> None:
-    """3 bits of mantissa, ±448 at most, NaN as it was; a padding slot writes nothing, a float64 state rounds nothing."""
+    """3 bits of mantissa, ±448 at most, NaN as it was; a padding slot writes nothing, float64 rounds nothing."""
     given = np.array([[1.07, -0.3, 500.0, -np.inf, np.nan], [9.0, 9.0, 9.0, 9.0, 9.0]])
     want = np.array([1.125, -0.3125, 448.0, -448.0, np.nan])
     shapes = (1, 1, 5, 4), (1, 1, 4, 5)
