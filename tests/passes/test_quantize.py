@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.ir.cost import graph_cost
 from llmc.ir.errors import LlmcError, ParseError
 from llmc.ir.graph import Graph, Leaf
 from llmc.ir.interpret import interpret
@@ -20,7 +21,7 @@ from llmc.ir.types import DType
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck, Verifier, together
 from llmc.passes.pipelines import COMMON, model_pipeline, read_pipeline, step_pipeline
-from llmc.passes.quantize import KEPT, Quantize
+from llmc.passes.quantize import INT8, KEPT, Quantize
 from llmc.passes.trials import random_parameter
 from tests.ir.examples import fake, silu
 from tests.passes.graphs import Model, counts, learned_model, rotary_model
@@ -249,6 +250,17 @@ def test_what_is_computed_with_activations_kept(name: str) -> None:
     plain = interpret(graph, INPUTS, arrays).outputs["logits"]
     bound = {"q8": 0.03, "q4": 0.3, "fp8": 0.15}[name[:3] if name == "fp8" else name[:2]]
     assert 0 < np.abs(got - plain).max() < bound * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("name", INTEGER_FORMATS)
+def test_what_a_step_moves_is_counted_in_true_bits_either_way(name: str) -> None:
+    """A product over codes, or over what they are dequantized to: its weight is read once, as it is stored."""
+    sizes = {"tokens": 5}
+    both = [Quantize(name, activations=a).run(COMMON.run(rotary_model()), PassContext()) for a in (INT8, KEPT)]
+    codes, kept = (graph_cost(graph, sizes) for graph in both)
+    assert kept.bytes == codes.bytes
+    assert kept.flops == codes.flops
+    assert kept.bytes < graph_cost(COMMON.run(rotary_model()), sizes).bytes
 
 
 def test_parts_with_activations_kept() -> None:
