@@ -121,10 +121,8 @@ class PagedAttention(Op):
                 stop = int(positions[token]) + 1
                 start = max(0, stop - self.window) if self.window else 0
                 first = start // size
-                blocks, seen = (
-                    tables[sequence, first : -(-stop // size)],
-                    slice(start - first * size, stop - first * size),
-                )
+                blocks = tables[sequence, first : -(-stop // size)]
+                seen = slice(start - first * size, stop - first * size)
                 keys = key[blocks].transpose(1, 2, 0, 3).reshape(self.num_kv_heads, self.head_dim, -1)[:, :, seen]
                 values = value[blocks].transpose(1, 0, 2, 3).reshape(self.num_kv_heads, -1, self.head_dim)[:, seen]
                 heads = q[token].reshape(self.num_kv_heads, group, self.head_dim)

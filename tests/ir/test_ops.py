@@ -36,7 +36,9 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.text import parse
 from llmc.ir.types import DType, TensorType
 from llmc.ir.verify import verify
-from tests.ir.examples import EXAMPLES, PAGED, SIZE, STATES, TABLE, Example, T, f, i, weight_types
+from tests.ir.example import SIZE, Example, T, f, i
+from tests.ir.examples import EXAMPLES, PAGED, STATES, TABLE
+from tests.ir.quantized_examples import weight_types
 
 OURS = sorted(name for name, kind in Op.registry.items() if kind.__module__.startswith("llmc.ir.ops."))
 each = pytest.mark.parametrize("example", EXAMPLES, ids=str)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmc.ir.op import Array
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.types import DType, TensorType
-from tests.ir.examples import f, i
+from tests.ir.example import f, i
 
 HEADS, KV_HEADS, WIDTH, SIZE = 4, 2, 3, 4
 

@@ -23,7 +23,8 @@ from llmc.passes.observe import NumericsCheck, Verifier, together
 from llmc.passes.pipelines import COMMON, model_pipeline, read_pipeline, step_pipeline
 from llmc.passes.quantize import INT8, KEPT, Quantize
 from llmc.passes.trials import random_parameter
-from tests.ir.examples import fake, silu
+from tests.ir.example import silu
+from tests.ir.quantized_examples import fake
 from tests.passes.graphs import Model, counts, learned_model, rotary_model
 
 LAYER = {"quantized_linear": 3, "quantized_gated_linear": 1}
