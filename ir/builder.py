@@ -39,7 +39,7 @@ class Builder(Emitter):
 
     def constant(self, array: npt.ArrayLike, dtype: DType) -> Value:
         """An array known now."""
-        made: Value = self(Constant(dtype, ConstantData(np.asarray(array).astype(dtype.numpy))))
+        made: Value = self(Constant(dtype, ConstantData(dtype.store(np.asarray(array)))))
         return made
 
     @contextmanager

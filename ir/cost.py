@@ -6,12 +6,20 @@ from collections.abc import Mapping
 
 from llmc.ir.graph import Graph, substitute_attributes
 from llmc.ir.op import Cost, Node
+from llmc.ir.ops.linear import GatedLinear, Linear
+from llmc.ir.ops.quantized import DequantizeWeight
 
 
 def node_cost(node: Node, sizes: Mapping[str, int]) -> Cost:
-    """One node's cost with every symbol bound."""
+    """One node's cost with every symbol bound. A product with a weight that is dequantized reads its codes, at their
+    true bits: the kernel for the two is one."""
     op = substitute_attributes(node.op, sizes)
-    return op.cost(*(v.type.substitute(sizes) for v in node.inputs))
+    cost = op.cost(*(v.type.substitute(sizes) for v in node.inputs))
+    if isinstance(op, Linear | GatedLinear) and isinstance(node.inputs[1].op, DequantizeWeight):
+        weight = node.inputs[1]
+        stored = weight.op.bytes_read([v.type for v in weight.node.inputs])
+        return Cost(cost.flops, cost.bytes_read - weight.type.bytes + stored, cost.bytes_written)
+    return cost
 
 
 def graph_cost(graph: Graph, sizes: Mapping[str, int]) -> Cost:

@@ -155,7 +155,7 @@ class Op:
         if self.moves_data and arrays:
             return self.evaluate(types, arrays, {})
         oracles = [a.astype(t.dtype.oracle) for a, t in zip(arrays, types, strict=True)]
-        return tuple(r.astype(t.dtype.numpy) for r, t in zip(self.evaluate(types, oracles, {}), results, strict=True))
+        return tuple(t.dtype.store(r) for r, t in zip(self.evaluate(types, oracles, {}), results, strict=True))
 
     def cost(self, *types: TensorType) -> Cost:
         """Work of one execution for types without symbols: operations of the expansion, bytes of the boundary only."""

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from llmc.ir.errors import LlmcError
 
@@ -21,6 +22,7 @@ class DType(enum.Enum):
     F32 = "f32"
     F16 = "f16"
     BF16 = "bf16"
+    F8E4M3 = "f8e4m3"
     I64 = "i64"
     I32 = "i32"
     I8 = "i8"
@@ -29,7 +31,7 @@ class DType(enum.Enum):
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        """The numpy type of storage arrays (bf16 through ml_dtypes)."""
+        """The numpy type of storage arrays (bf16 and f8e4m3 through ml_dtypes)."""
         return _NUMPY[self]
 
     @property
@@ -45,7 +47,7 @@ class DType(enum.Enum):
     @property
     def is_float(self) -> bool:
         """Whether values are real numbers (computed in float64 by the interpreter)."""
-        return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
+        return self in (DType.F64, DType.F32, DType.F16, DType.BF16, DType.F8E4M3)
 
     @property
     def oracle(self) -> np.dtype[Any]:
@@ -57,15 +59,26 @@ class DType(enum.Enum):
             return np.dtype(np.uint8)
         return np.dtype(np.bool_) if self is DType.BOOL else np.dtype(np.int64)
 
+    def store(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array in this storage dtype, floats rounded to nearest even. f8e4m3, which has no infinity, saturates:
+        what is beyond ±448 becomes ±448, and NaN stays NaN, as GPUs convert."""
+        if self is DType.F8E4M3:
+            array = np.clip(array, -F8E4M3_LARGEST, F8E4M3_LARGEST)
+        return array.astype(self.numpy)
+
     def __str__(self) -> str:
         return self.value
 
+
+F8E4M3_LARGEST = 448.0
+"""The largest number of f8e4m3: 4 bits of exponent and 3 of mantissa, after ml_dtypes' float8_e4m3fn."""
 
 _NUMPY: dict[DType, np.dtype[Any]] = {
     DType.F64: np.dtype(np.float64),
     DType.F32: np.dtype(np.float32),
     DType.F16: np.dtype(np.float16),
     DType.BF16: np.dtype(ml_dtypes.bfloat16),
+    DType.F8E4M3: np.dtype(ml_dtypes.float8_e4m3fn),
     DType.I64: np.dtype(np.int64),
     DType.I32: np.dtype(np.int32),
     DType.I8: np.dtype(np.int8),

@@ -14,21 +14,21 @@ from llmc.backends.wheel import write_wheel
 from llmc.checks import make_checks
 from llmc.compile_report import CompileReport
 from llmc.contents import graph_files, make_manifest, runtime_files, state_bytes_per_token
+from llmc.dtypes import check_kv_quant, compute_dtype, kv_dtype
 from llmc.entries import specialised
-from llmc.importers.hf import ImportedModel, import_model
-from llmc.ir.errors import LlmcError, nearest
+from llmc.importers.hf import import_model
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
 from llmc.ir.op import Array, Value
-from llmc.ir.target import Target, parse_target
+from llmc.ir.target import parse_target
 from llmc.ir.types import DType
 from llmc.ir.verify import verify
-from llmc.options import KV_DTYPES, LIMITS, CompileOptions
+from llmc.options import LIMITS, CompileOptions
 from llmc.passes.base import Observer, PassContext
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
 from llmc.passes.quantize import Quantize
-from llmc.quantization import described, read_quantization
+from llmc.quantization import activations_of, described, read_quantization
 
 
 def compile_model(
@@ -40,7 +40,8 @@ def compile_model(
     """
     name = check_name(options.name or output.absolute().name)
     target = parse_target(options.target, host_flags())
-    quant = read_quantization(options.quant)
+    quant = read_quantization(options.quant, activations_of(target))
+    check_kv_quant(options.kv_quant, target)
     report = CompileReport(output.absolute(), progress)
     with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
         with report.phase("import"):
@@ -53,10 +54,10 @@ def compile_model(
         load = imported.weights.load
         package.require_space(imported.weights.bytes)
         compute = compute_dtype(imported.graph, quant, target)
-        kv_dtype = kv_dtype_of(options, imported, target, compute)
+        kv = kv_dtype(options.kv_quant, imported.graph, target, compute)
         backend = backend_for(target, imported.info.max_sequence_length, compute, options.block_size)
         with report.phase("passes"):
-            step = run_passes(imported.graph, load, options, kv_dtype, quant, report)
+            step = run_passes(imported.graph, load, options, kv, quant, report)
             lowered = backend.lower(step)
             verify(lowered)
             limits = options.limits or LIMITS[target.kind]
@@ -72,7 +73,7 @@ def compile_model(
                 "weights.bin", [(label, partial(evaluate_parameters, v, load, kept)) for label, v in tensors.items()]
             )
         with report.phase("checks"):
-            checks = make_checks(imported.graph, load, imported.info, kv_dtype, quant, target, options)
+            checks = make_checks(imported.graph, load, imported.info, kv, quant, target, options)
         plans = backend.describe(entries, placed, step, options.block_size)
         for file, data in {
             **kernels.files,
@@ -91,7 +92,7 @@ def compile_model(
             "private": max(entry.private.peak for entry in entries),
         }
         manifest = make_manifest(
-            name, imported, kernels, described(quant, step), kv_dtype, target, backend.versions, report.sizes
+            name, imported, kernels, described(quant, step), kv, target, backend.versions, report.sizes
         )
         package.finish(manifest)
     if options.wheel:
@@ -124,25 +125,3 @@ def host_flags() -> frozenset[str]:
         if line.startswith(("flags", "Features")):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
-
-
-def compute_dtype(graph: Graph, quant: Quantize | None, target: Target) -> DType:
-    """What activations are rounded to where they enter a product: f32 on a CPU. On a GPU the 16-bit dtype of the
-    weights, since its matrix units take two operands of one dtype; f32 where weights are kept in f32."""
-    dtypes = {v.type.dtype for v in graph.params}
-    if target.kind == "cpu" or (quant is None and not dtypes & {DType.BF16, DType.F16}):
-        return DType.F32
-    return DType.F16 if DType.F16 in dtypes and DType.BF16 not in dtypes else DType.BF16
-
-
-def kv_dtype_of(options: CompileOptions, imported: ImportedModel, target: Target, compute: DType) -> DType:
-    """The KV cache's dtype: as asked, else on a CPU f16 (f32 for a model whose weights are f32), on a GPU that of
-    activations."""
-    if options.kv_quant in (None, "none"):
-        if target.kind == "cuda":
-            return compute
-        wide = all(v.type.dtype is DType.F32 for v in imported.graph.params)
-        return DType.F32 if wide else DType.F16
-    if options.kv_quant not in KV_DTYPES:
-        raise LlmcError(f"--kv-quant {options.kv_quant}: {nearest(str(options.kv_quant), ['none', *KV_DTYPES])}")
-    return KV_DTYPES[options.kv_quant]

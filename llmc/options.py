@@ -47,5 +47,9 @@ class CompileOptions:
     """Above this many parameters the float64 interpreter is too slow to make the checks at compile."""
 
 
-KV_DTYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32, "int8": DType.I8}
-"""What `--kv-quant` accepts on a CPU; `none` is the weights' dtype, `int8` codes with a scale for each vector."""
+KV_DTYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32, "int8": DType.I8, "fp8": DType.F8E4M3}
+"""What `--kv-quant` accepts; `none` is the weights' dtype, `int8` codes with a scale for each vector, `fp8` f8e4m3
+without scales."""
+
+CPU_KV_DTYPES = tuple(name for name in KV_DTYPES if name != "fp8")
+"""What it accepts where the target is a CPU."""

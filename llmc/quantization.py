@@ -11,7 +11,8 @@ from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
 from llmc.ir.ops.quantized import QuantizedEmbedding
 from llmc.ir.quant import FORMATS
-from llmc.passes.quantize import NONE, Quantize
+from llmc.ir.target import Target
+from llmc.passes.quantize import INT8, KEPT, NONE, Quantize, refusal, takes
 
 KEYS = ("format", "linear", "lm_head", "embedding")
 """Keys of a file: `linear` is another name of `format`."""
@@ -19,22 +20,32 @@ KEYS = ("format", "linear", "lm_head", "embedding")
 _MAX_BYTES = 1 << 16
 
 
-def read_quantization(given: str) -> Quantize | None:
+def activations_of(target: Target) -> str:
+    """What products of quantized weights do with their activations: on CPUs integers are multiplied, on GPUs numbers of
+    the activations' dtype."""
+    return INT8 if target.kind == "cpu" else KEPT
+
+
+def read_quantization(given: str, activations: str = INT8) -> Quantize | None:
     """The pass that `--quant` asks for: `none` (then None), a format's name, or the path of a file ending in .toml.
 
     A file holds `format` (or `linear`), `lm_head` and `embedding`, each `none` or a format's name; linears without a
-    format are kept. Raises `LlmcError` naming the nearest key or format.
+    format are kept. `activations` follows from the target (see `activations_of`). Raises `LlmcError` naming the nearest
+    key or format, and for a format that the target has no kernels for, naming those that it has.
     """
     if given.endswith(".toml"):
-        return _parse(Path(given))
+        return _parse(Path(given), activations)
     if given == NONE:
         return None
     if given not in FORMATS:
-        raise LlmcError(f"--quant {given}: {nearest(given, [NONE, *FORMATS])} (or the path of a .toml file)")
-    return Quantize(given)
+        raise LlmcError(f"--quant {given}: {nearest(given, takes(activations))} (or the path of a .toml file)")
+    reason = refusal(given, activations)
+    if reason is not None:
+        raise LlmcError(f"--quant: {reason}")
+    return Quantize(given, activations=activations)
 
 
-def _parse(path: Path) -> Quantize | None:
+def _parse(path: Path, activations: str) -> Quantize | None:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -50,28 +61,34 @@ def _parse(path: Path) -> Quantize | None:
         if key not in KEYS:
             raise LlmcError(f"--quant {path}: there is no key {key!r}; {nearest(key, KEYS)}")
         if not isinstance(value, str):
-            raise LlmcError(f"--quant {path}: {key} is {value!r}; expected {', '.join([NONE, *FORMATS])} as text")
+            raise LlmcError(f"--quant {path}: {key} is {value!r}; expected {', '.join(takes(activations))} as text")
     if "format" in table and "linear" in table:
         raise LlmcError(f"--quant {path}: 'format' and 'linear' are two names of one key; give one of them")
     linear = table.get("format", table.get("linear", NONE))
     try:
-        quant = Quantize(linear, table.get("lm_head"), table.get("embedding"))
+        quant = Quantize(linear, table.get("lm_head"), table.get("embedding"), activations)
     except LlmcError as error:
         raise LlmcError(f"--quant {path}: {error}") from None
     return None if {quant.format, quant.head, quant.embedding or NONE} == {NONE} else quant
 
 
 def described(quant: Quantize | None, step: Graph) -> dict[str, str]:
-    """The formats for a manifest: of linears, the head and the table of tokens (which may be the head's weight)."""
+    """The formats for a manifest: of linears, the head and the table of tokens (which may be the head's weight); and
+    what their products do with activations."""
     tables = {n.op.format for n in step.nodes if isinstance(n.op, QuantizedEmbedding)}
     return {
         "weights": NONE if quant is None else quant.format,
         "lm_head": NONE if quant is None else quant.head,
         "embedding": min(tables, default=NONE),
+        "activations": KEPT if quant is None else quant.activations,
     }
 
 
 def of_manifest(table: Mapping[str, Any]) -> Quantize | None:
-    """The pass that made a package, from its manifest's `quantization`."""
+    """The pass that made a package, from its manifest's `quantization`; one that is silent on activations is of a
+    version that had them in 8 bits only."""
     parts = [str(table.get(key, NONE)) for key in ("weights", "lm_head", "embedding")]
-    return None if set(parts) == {NONE} else Quantize(*parts)
+    if set(parts) == {NONE}:
+        return None
+    weights, lm_head, embedding = parts
+    return Quantize(weights, lm_head, embedding, str(table.get("activations", INT8)))

@@ -98,8 +98,10 @@ def _cast(b: Emitter, op: Cast, inputs: tuple[Value, ...]) -> Value | None:
 def _holds(wide: DType, narrow: DType) -> bool:
     """Whether every value of `narrow` is one of `wide`, so that a cast there and on loses nothing."""
     exact = {
-        DType.F64: (DType.F32, DType.F16, DType.BF16, DType.I32, DType.I8, DType.U8),
-        DType.F32: (DType.F16, DType.BF16, DType.I8, DType.U8),
+        DType.F64: (DType.F32, DType.F16, DType.BF16, DType.F8E4M3, DType.I32, DType.I8, DType.U8),
+        DType.F32: (DType.F16, DType.BF16, DType.F8E4M3, DType.I8, DType.U8),
+        DType.F16: (DType.F8E4M3,),
+        DType.BF16: (DType.F8E4M3,),
         DType.I64: (DType.I32, DType.I8, DType.U8),
         DType.I32: (DType.I8, DType.U8),
     }

@@ -50,7 +50,7 @@ def _evaluated(b: Emitter, node: Node, inputs: tuple[Value, ...]) -> tuple[Value
     arrays = [v.op.reference()[0] for v in inputs]
     results = node.op.evaluate([v.type for v in inputs], arrays, {})
     return tuple(
-        b(Constant(t.dtype, ConstantData(np.asarray(r).astype(t.dtype.numpy))))
+        b(Constant(t.dtype, ConstantData(t.dtype.store(np.asarray(r)))))
         for r, t in zip(results, node.types, strict=True)
     )
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from llmc.ir.errors import LlmcError
 from llmc.ir.graph import Graph
 from llmc.ir.op import ConstantData
 from llmc.ir.printer import INLINE
+from llmc.ir.types import DType
+
+_STORED = {"|V2": DType.BF16.numpy, "|V1": DType.F8E4M3.numpy}
+"""What numpy reads of types that it does not know, and the types."""
 
 
 class ConstantFolder(Mapping[str, ConstantData]):
@@ -28,7 +31,7 @@ class ConstantFolder(Mapping[str, ConstantData]):
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise LlmcError(f"cannot read the constant {path}: {error}") from None
-        data = ConstantData(array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array)
+        data = ConstantData(array.view(_STORED.get(array.dtype.str, array.dtype)))
         if data.sha256 != digest:
             raise LlmcError(f"the constant {path} is damaged: its sha256 is {data.sha256}")
         return data

@@ -1,4 +1,4 @@
-"""Weights in a format of codes and scales; products with them take their activations in 8 bits."""
+"""Weights in a format of codes and scales; products with them take their activations in 8 bits, or as they are."""
 
 from __future__ import annotations
 
@@ -9,24 +9,52 @@ from llmc.ir.graph import Graph, Input, Param
 from llmc.ir.op import Emitter, Node, Op, Value
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear
-from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, QuantizedLinear, QuantizeWeight
-from llmc.ir.quant import FORMATS
+from llmc.ir.ops.quantized import (
+    DequantizeWeight,
+    QuantizedEmbedding,
+    QuantizedGatedLinear,
+    QuantizedLinear,
+    QuantizeWeight,
+)
+from llmc.ir.quant import FORMATS, INTEGER_FORMATS
 from llmc.ir.types import DType
 from llmc.passes.base import Pass, PassContext
 
 NONE = "none"
 """Keeps a part in the dtype that it has."""
 
+INT8, KEPT = "int8", "kept"
+"""What products do with their activations: round them to 8 bits and multiply integers, or take them as they are."""
+
+
+def takes(activations: str) -> list[str]:
+    """What a part may be asked for as, with such activations."""
+    return [NONE, *(INTEGER_FORMATS if activations == INT8 else FORMATS)]
+
+
+def refusal(format: str, activations: str) -> str | None:
+    """Why there are no such weights with such activations; None where there are."""
+    if format in takes(activations):
+        return None
+    if format in FORMATS:
+        return (
+            f"{format} is for GPU targets only, where activations keep their dtype; a CPU target takes"
+            f" {', '.join(takes(activations))}"
+        )
+    return f"there is no weight format {format!r}; {nearest(format, takes(activations))}"
+
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """`linear`, `gated_linear` and `embedding` become their quantized forms, over `quantize_weight` of the weight.
+    """`linear`, `gated_linear` and `embedding` become their quantized forms, over `quantize_weight` of the weight. With
+    `activations` "kept", linears stay and read `dequantize_weight` of it: the kernel for the two is the backend's.
 
     `format` is for linears; `lm_head` for the one that makes `logits`, like `format` unless given; `embedding` for the
     table of token_ids, which is kept unless given, but for a table that is the head's weight too: that has the head's
     format. `none` keeps a part in its dtype. Readers of one weight share its codes.
 
-    Raises `LlmcError` for a format that does not exist, and for a table of which head and embedding disagree.
+    Raises `LlmcError` for a format that does not exist, and for a table of which head and embedding disagree,
+    and for one that activations in 8 bits do not go with.
     """
 
     name = "quantize"
@@ -36,11 +64,15 @@ class Quantize(Pass):
     format: str
     lm_head: str | None = None
     embedding: str | None = None
+    activations: str = INT8
 
     def __post_init__(self) -> None:
+        if self.activations not in (INT8, KEPT):
+            raise LlmcError(f"activations are {INT8} or {KEPT}, given {self.activations!r}")
         for part, given in (("format", self.format), ("lm_head", self.lm_head), ("embedding", self.embedding)):
-            if given is not None and given != NONE and given not in FORMATS:
-                raise LlmcError(f"{part}: there is no weight format {given!r}; {nearest(given, [NONE, *FORMATS])}")
+            reason = None if given is None else refusal(given, self.activations)
+            if reason is not None:
+                raise LlmcError(f"{part}: {reason}")
 
     @property
     def head(self) -> str:
@@ -70,6 +102,8 @@ class _Quantizing:
     context: PassContext
     codes: dict[tuple[Value, str], tuple[Value, Value]] = field(default_factory=dict)
     """Codes and scales by weight and format."""
+    weights: dict[tuple[Value, str], Value] = field(default_factory=dict)
+    """What codes and scales say, by weight and format."""
 
     def __post_init__(self) -> None:
         self.head = head_of(self.graph)
@@ -83,6 +117,8 @@ class _Quantizing:
         if format == NONE or not self._is_weight(node.inputs[1]) or not self.context.fire(f"quantized-{node.op.name}"):
             return kept
         first, weight, *rest = inputs
+        if self.options.activations == KEPT and not isinstance(node.op, Embedding):
+            return b.make(node.op, (first, self._dequantized(b, weight, format), *rest)).results
         return b.make(_quantized(node.op, format, weight), (first, *self._quantized(b, weight, format), *rest)).results
 
     def _format(self, node: Node) -> str:
@@ -104,6 +140,14 @@ class _Quantizing:
             self.codes[key] = codes, scales
         return self.codes[key]
 
+    def _dequantized(self, b: Emitter, weight: Value, format: str) -> Value:
+        """The weight f32 as its codes say, made once for all its readers."""
+        key = (weight, format)
+        if key not in self.weights:
+            dequantize = DequantizeWeight(format, _width(weight))
+            self.weights[key] = b.one(dequantize, *self._quantized(b, weight, format))
+        return self.weights[key]
+
 
 def head_of(graph: Graph) -> Node | None:
     """The linear that makes logits, behind elementwise ops (a scale, a soft cap); None where there is none."""
@@ -124,6 +168,10 @@ def _quantized(op: Op, format: str, weight: Value) -> Op:
         return QuantizedLinear(format, op.bias, op.activation, op.residual)
     if isinstance(op, GatedLinear):
         return QuantizedGatedLinear(format, op.activation, op.bias)
+    return QuantizedEmbedding(format, _width(weight))
+
+
+def _width(weight: Value) -> int:
     width = weight.type.shape[1]
     assert isinstance(width, int)
-    return QuantizedEmbedding(format, width)
+    return width

@@ -26,12 +26,14 @@ from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
 from llmc.ir.pattern import Match
 from llmc.ir.printer import op_text
-from llmc.ir.quant import FORMATS
+from llmc.ir.quant import INTEGER_FORMATS
 from llmc.ir.rewrite import Fuse, rewrite
 from llmc.ir.types import DType
 
 _NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2}
 """Where a norm's weights begin among its operands."""
+
+_INTEGERS = ", ".join(INTEGER_FORMATS)
 
 
 def lower(graph: Graph, longest: int) -> Graph:
@@ -118,7 +120,10 @@ class _Lowering:
     ) -> Value:
         """The op over codes and scales in panels; activations in tiles, made once for all their readers."""
         x, codes, scales, *rest = inputs
-        bits = FORMATS[op.format].bits
+        if not op.quant.integer_products:
+            place = b.loc or "no place"
+            raise NoKernel(f"no CPU kernel for {op.name} of weights in {op.format} at {place}; CPUs take {_INTEGERS}")
+        bits = op.quant.bits
         rows, width = codes.type.shape[0], x.type.shape[-1]
         assert isinstance(rows, int)
         if isinstance(op, QuantizedGatedLinear):

@@ -6,16 +6,21 @@ from typing import Any
 
 from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention, queries
 from llmc.backends.tvm.splits import split_length
+from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.rope import Rope
 from llmc.ir.ops.shape import Slice
+from llmc.ir.types import DType
 
 
 def lower_append(b: Emitter, op: RopeAppend | QkvAppend, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
-    """Queries, and the states of an `append_keys`. The queries are what `lower_attention` recognises and replaces."""
+    """Queries, and the states of an `append_keys`. The queries are what `lower_attention` recognises and replaces.
+    Raises `NoKernel` for states of 8-bit floats."""
+    if inputs[-1].type.dtype is DType.F8E4M3:
+        raise NoKernel(f"no CPU kernel for {op.name} into states of f8e4m3 at {b.loc or 'no place'}")
     rotation: dict[str, Any] = {"rotary_dim": 0, "layout": "half"}
     if isinstance(op, RopeAppend):
         rotation = {"rotary_dim": op.rotary_dim, "layout": op.layout}
@@ -25,7 +30,12 @@ def lower_append(b: Emitter, op: RopeAppend | QkvAppend, inputs: tuple[Value, ..
 
 
 def lower_attention(b: Emitter, op: PagedAttention, inputs: tuple[Value, ...], longest: int) -> Value | None:
-    """`rotated_attention` where the queries come from `lower_append`, else None."""
+    """`rotated_attention` where the queries come from `lower_append`, else None. Raises `NoKernel` for an attribute
+    that no CPU kernel has."""
+    given = {name: getattr(op, name) for name in ("window", "soft_cap", "sinks") if getattr(op, name)}
+    if given:
+        named = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise NoKernel(f"no CPU kernel for {op.name} with {named} at {b.loc or 'no place'}")
     q, *rest = inputs
     rotation: dict[str, Any] = {"rotary_dim": 0, "layout": "half"}
     tables: tuple[Value, ...] = ()

@@ -68,8 +68,12 @@ class PagedAttention(Op):
     Operands: q [tokens, num_heads · head_dim]; key [blocks, num_kv_heads, head_dim, block_size] and value [blocks,
     num_kv_heads, block_size, head_dim] (states that already hold the batch's own tokens); positions i32 [tokens];
     query_start i32 [sequences + 1] (the tokens of sequence s are query_start[s] to query_start[s + 1]);
-    block_tables i32 [sequences, max_blocks]. Result like q. `scaled`: the states are codes, and their scales follow
-    (see `KvAppend`).
+    block_tables i32 [sequences, max_blocks]; sinks f32 [num_heads] if `sinks`. Result like q.
+
+    `scaled`: the states are codes, and their scales follow (see `KvAppend`). `window`: a token sees only the last so
+    many positions, itself included; 0 is no limit, and blocks before it may hold anything. `soft_cap`: scores become
+    soft_cap · tanh(score / soft_cap), so that none is larger; 0 leaves them. `sinks`: a logit for each head takes part
+    in the softmax and has no value: weights sum to less than 1.
     """
 
     num_heads: int
@@ -77,13 +81,22 @@ class PagedAttention(Op):
     head_dim: int
     scale: float
     scaled: bool = False
+    window: int = 0
+    soft_cap: float = 0.0
+    sinks: bool = False
 
     stage = "step"
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        operands = "q, the states, positions, query_start, block_tables"
-        self.expects(len(types) == 4 + state_count(self.scaled) and types[0].rank == 2, operands, *types)
-        q, key, value, *scales, positions, query_start, tables = types
+        self.expects(self.window >= 0, "a window of at least 1, or 0 for none", self.window)
+        self.expects(0 <= self.soft_cap < math.inf, "a soft_cap above 0, or 0 for none", self.soft_cap)
+        operands = "q, the states, positions, query_start, block_tables" + ", sinks" * self.sinks
+        count = 4 + state_count(self.scaled) + self.sinks
+        self.expects(len(types) == count and types[0].rank == 2, operands, *types)
+        given, sinks = types[: count - self.sinks], types[count - self.sinks :]
+        expected = TensorType(DType.F32, (self.num_heads,))
+        self.expects(all(t == expected for t in sinks), f"sinks {expected}", *sinks)
+        q, key, value, *scales, positions, query_start, tables = given
         expects_scales(self, self.scaled, key, scales)
         self.expects(q.shape[1] == self.num_heads * self.head_dim, "q [tokens, num_heads * head_dim]", *types)
         self.expects(key.rank == value.rank == 4, "states of rank 4", *types)
@@ -93,38 +106,62 @@ class PagedAttention(Op):
         self.expects(positions == TensorType(DType.I32, (q.shape[0],)), "positions i32[tokens]", positions)
         self.expects(query_start.rank == 1, "query_start [sequences + 1]", query_start)
         self.expects(query_start.shape == (tables.shape[0] + 1,), "block_tables [sequences, max_blocks]", tables)
-        return types[:1]
+        return (q,)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        q, *states, positions, query_start, tables = arrays
+        given = arrays[:-1] if self.sinks else arrays
+        q, *states, positions, query_start, tables = given
         key, value = with_scales(states)
         out = np.empty_like(q)
         size, group = key.shape[3], self.num_heads // self.num_kv_heads
+        sinks = arrays[-1] if self.sinks else np.full(self.num_heads, -np.inf)
+        sinks = sinks.reshape(self.num_kv_heads, group, 1)
         for sequence in range(len(query_start) - 1):
             for token in range(query_start[sequence], query_start[sequence + 1]):
-                length = int(positions[token]) + 1
-                blocks = tables[sequence, : -(-length // size)]
-                keys = key[blocks].transpose(1, 2, 0, 3).reshape(self.num_kv_heads, self.head_dim, -1)[:, :, :length]
-                values = value[blocks].transpose(1, 0, 2, 3).reshape(self.num_kv_heads, -1, self.head_dim)[:, :length]
+                stop = int(positions[token]) + 1
+                start = max(0, stop - self.window) if self.window else 0
+                first = start // size
+                blocks = tables[sequence, first : -(-stop // size)]
+                seen = slice(start - first * size, stop - first * size)
+                keys = key[blocks].transpose(1, 2, 0, 3).reshape(self.num_kv_heads, self.head_dim, -1)[:, :, seen]
+                values = value[blocks].transpose(1, 0, 2, 3).reshape(self.num_kv_heads, -1, self.head_dim)[:, seen]
                 heads = q[token].reshape(self.num_kv_heads, group, self.head_dim)
                 scores = heads @ keys * self.scale
-                weights = np.exp(scores - scores.max(-1, keepdims=True))
-                out[token] = (weights / weights.sum(-1, keepdims=True) @ values).reshape(-1)
+                if self.soft_cap:
+                    scores = self.soft_cap * np.tanh(scores / self.soft_cap)
+                largest = np.maximum(scores.max(-1, keepdims=True), sinks)
+                weights = np.exp(scores - largest)
+                total = weights.sum(-1, keepdims=True) + np.exp(sinks - largest)
+                out[token] = (weights / total @ values).reshape(-1)
         return (out,)
 
     def cost(self, *types: TensorType) -> Cost:
-        """Every sequence is counted at the full length of its block table, which each of its kv heads reads once."""
-        q, *states, positions, query_start, tables = types
-        flops = self.operations(types, (q,))
-        block = sum(s.bytes for s in states) // max(TensorType(DType.I8, states[0].shape[:1]).elements, 1)
-        read = q.bytes + positions.bytes + query_start.bytes + tables.bytes + tables.elements * block
-        return Cost(flops, read, q.bytes)
+        """Every sequence is counted at the full length of its block table, which each of its kv heads reads once; with
+        a window, at what its tokens see of that: window - 1 positions and its own tokens."""
+        states = types[1 : 1 + state_count(self.scaled)]
+        q, tables, size = types[0], types[3 + len(states)], self._block_size(types)
+        positions = tables.elements * size
+        if self.window:
+            sequences = TensorType(DType.I8, tables.shape[:1]).elements
+            tokens = TensorType(DType.I8, q.shape[:1]).elements
+            positions = min(positions, sequences * (self.window - 1) + tokens)
+        slots = max(TensorType(DType.I8, states[0].shape[:1]).elements, 1) * size
+        read = q.bytes + sum(t.bytes for t in types[1 + len(states) :])
+        return Cost(self.operations(types, (q,)), read + positions * sum(s.bytes for s in states) // slots, q.bytes)
 
     def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:
-        context = operands[-1].shape[1]
-        size = operands[1].shape[3]
-        assert isinstance(context, int) and isinstance(size, int)
-        return 4 * results[0].elements * context * size
+        """Two products of two operations a position; a soft cap divides, multiplies and takes a tanh of each score."""
+        blocks = operands[3 + state_count(self.scaled)].shape[1]
+        assert isinstance(blocks, int)
+        context = blocks * self._block_size(operands)
+        context = min(context, self.window) if self.window else context
+        caps = 3 * results[0].elements // self.head_dim if self.soft_cap else 0
+        return (4 * results[0].elements + caps) * context
+
+    def _block_size(self, types: Sequence[TensorType]) -> int:
+        size = types[1].shape[3]
+        assert isinstance(size, int)
+        return size
 
 
 def with_scales(states: Sequence[Array]) -> tuple[Array, Array]:

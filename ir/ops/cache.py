@@ -16,8 +16,8 @@ class KvAppend(Op):
     """Writes each token's key and value to its slot (block · block_size + offset; a negative slot is padding).
 
     Operands: k and v [tokens, num_kv_heads · head_dim], slot_mapping i32 [tokens], key and value states (layouts as in
-    `PagedAttention`); results: the new states. Values round to the states' dtype (float64 states, which only the
-    interpreter has, keep them as they are).
+    `PagedAttention`); results: the new states. Values round to the states' dtype, f8e4m3 saturating (see `DType.store`;
+    float64 states, which only the interpreter has, keep them as they are).
 
     `scaled`: the states are i8 codes, and those of their scales follow, f32 [blocks, num_kv_heads, block_size] each. A
     head's key, or value, has one scale (see `quantize_rows`).
@@ -63,7 +63,7 @@ class KvAppend(Op):
         states = [a.copy() for a in arrays[3:]]
         size = states[0].shape[3]
         rounded = np.float64 if types[3].dtype is DType.F64 else np.float32
-        stored = types[3].dtype.numpy
+        store = types[3].dtype.store
         for token, slot in enumerate(slots):
             if slot < 0:
                 continue
@@ -74,7 +74,7 @@ class KvAppend(Op):
             if self.scaled:
                 heads, scales = zip(*(quantize_rows(x) for x in heads), strict=True)
                 states[2][block, :, offset], states[3][block, :, offset] = scales
-            states[0][block, :, :, offset], states[1][block, :, offset, :] = (x.astype(stored) for x in heads)
+            states[0][block, :, :, offset], states[1][block, :, offset, :] = (store(x) for x in heads)
         return tuple(states)
 
     def cost(self, *types: TensorType) -> Cost:

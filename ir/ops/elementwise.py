@@ -221,7 +221,8 @@ class Mask(Op):
 
 @dataclass(frozen=True)
 class Cast(Op):
-    """The same values in another dtype. Casting to a 16-bit float rounds to nearest even, in the oracle too."""
+    """The same values in another dtype. Casting to a float of 16 or 8 bits rounds to nearest even, in the oracle too;
+    to f8e4m3 it saturates (see `DType.store`)."""
 
     dtype: DType
 
@@ -233,8 +234,8 @@ class Cast(Op):
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
         x = arrays[0]
-        if self.dtype in (DType.F16, DType.BF16):
-            x = x.astype(np.float32).astype(self.dtype.numpy)
+        if self.dtype in (DType.F16, DType.BF16, DType.F8E4M3):
+            x = self.dtype.store(x.astype(np.float32))
         return (x.astype(self.dtype.oracle, copy=False),)  # a weight in float64 is large enough once
 
     def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmc.ir.op import Array, Emitter, Op, Value
 from llmc.ir.ops.elementwise import ACTIVATIONS
-from llmc.ir.quant import FORMATS
+from llmc.ir.quant import FORMATS, INTEGER_FORMATS
 from llmc.ir.quant.format import QuantFormat
 from llmc.ir.types import DType, TensorType
 
@@ -52,7 +52,19 @@ class Quantized(Op, abstract=True):
 
     def weight_bytes(self, codes: TensorType, scales: TensorType) -> int:
         """Bytes that codes and scales take as they are stored."""
-        return codes.elements * self.quant.bits // 8 + scales.bytes
+        return weight_bytes(self.quant, codes, scales)
+
+
+def weight_bytes(quant: QuantFormat, codes: TensorType, scales: TensorType) -> int:
+    """Bytes that codes u8 [n, K], one an element, and scales take as they are stored, at the format's true bits."""
+    return codes.elements * quant.bits // 8 + scales.bytes
+
+
+def boundary_bytes(quant: QuantFormat, operands: Sequence[TensorType], codes: int = 1) -> int:
+    """Bytes that an op reads whose operands `codes` and `codes` + 1 are codes u8 [n, K], one an element, and scales:
+    these at the format's true bits, the others whole. What `bytes_read` of an op over such a weight gives."""
+    weight = weight_bytes(quant, *operands[codes : codes + 2])
+    return weight + sum(t.bytes for t in (*operands[:codes], *operands[codes + 2 :]))
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class QuantizeWeight(Quantized):
 
 @dataclass(frozen=True)
 class DequantizeWeight(Quantized):
-    """Codes, scales -> f32 [n, width]: (code - zero) · scale, exactly."""
+    """Codes, scales -> f32 [n, width]: value(code) · scale (see `QuantFormat`), exactly."""
 
     format: str
     width: int
@@ -201,8 +213,7 @@ class QuantizedLinear(Quantized):
         return result
 
     def bytes_read(self, operands: Sequence[TensorType]) -> int:
-        x, codes, scales, *rest = operands
-        return x.bytes + self.weight_bytes(codes, scales) + sum(t.bytes for t in rest)
+        return boundary_bytes(self.quant, operands)
 
 
 @dataclass(frozen=True)
@@ -234,8 +245,7 @@ class QuantizedGatedLinear(Quantized):
         return result
 
     def bytes_read(self, operands: Sequence[TensorType]) -> int:
-        x, codes, scales, *bias = operands
-        return x.bytes + self.weight_bytes(codes, scales) + sum(t.bytes for t in bias)
+        return boundary_bytes(self.quant, operands)
 
 
 @dataclass(frozen=True)
@@ -264,7 +274,9 @@ class QuantizedEmbedding(Quantized):
 
 
 def _check_product(op: Quantized, types: Sequence[TensorType]) -> None:
-    """The first operand is x, the next two are codes and scales of a weight as wide."""
+    """The first operand is x, the next two are codes and scales of a weight as wide, in a format of integers."""
+    integers = ", ".join(INTEGER_FORMATS)
+    op.expects(op.quant.integer_products, f"a format for activations in 8 bits, {integers}", op.format)
     op.expects(types[0].rank == 2 and types[0].dtype is DType.F32, "x f32 [m, k]", *types)
     op.check_weight(types[0].shape[1], types[1:3])
 

@@ -17,6 +17,9 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 BLOCK = 1 << 18
 """Weights that are quantized at a time: few enough for the temporary arrays to stay in a cache."""
 
+INTEGER_GROUP = 32
+"""The group in which activations are quantized for products of integers."""
+
 SCALE_ROUNDING = 2.0**-11
 """Largest relative error of a normal f16 scale."""
 
@@ -26,15 +29,27 @@ SCALE_TINY = 2.0**-25
 
 @dataclass(frozen=True)
 class QuantFormat(ABC):
-    """Weights as unsigned codes of `bits` bits, in groups of `group` along a row, with one f16 scale a group:
-    weight = (code - zero) · scale. A row's partial last group is filled up with zeros.
+    """Weights as codes of `bits` bits, in groups of `group` along a row, with one f16 scale a group: weight =
+    value(code) · scale. A row's partial last group is filled up with the code `zero`, whose value is 0.
 
-    A subclass chooses the scales, and the smallest code.
+    A code's value is code - zero where `kind` is "integer"; where it is "e4m3", the f8e4m3 number of those bits. A
+    subclass chooses the scales, and the smallest code.
     """
 
     name: str
     bits: int
     group: int = 32
+
+    @property
+    def kind(self) -> str:
+        """What a code stands for: "integer" or "e4m3"."""
+        return "integer"
+
+    @property
+    def integer_products(self) -> bool:
+        """Whether activations in 8 bits are multiplied with the codes as integers, which is what CPU kernels do: these
+        quantize activations in groups of `INTEGER_GROUP`."""
+        return self.kind == "integer" and self.group == INTEGER_GROUP
 
     @property
     def zero(self) -> int:
@@ -43,7 +58,7 @@ class QuantFormat(ABC):
 
     @property
     def low(self) -> int:
-        """The smallest code - zero; the largest is zero - 1."""
+        """The smallest value of an integer code; the largest is zero - 1."""
         return -self.zero
 
     @property
@@ -100,15 +115,24 @@ class QuantFormat(ABC):
         scales[scales == 0] = 0  # no negative zero
         divisor = np.where(scales == 0, np.float32(np.inf), scales.astype(np.float32))
         groups /= divisor
-        np.clip(np.rint(groups, out=groups), self.low, self.zero - 1, out=groups)
-        groups += self.zero
-        codes = groups.astype(np.uint8).T.reshape(block.shape)
+        codes = self.encode(groups).T.reshape(block.shape)
         return codes, scales.reshape(len(block), -1)
 
+    def encode(self, values: Floats) -> Array:
+        """The codes u8 whose values are nearest to values f32, which may be overwritten; beyond the largest: that."""
+        np.clip(np.rint(values, out=values), self.low, self.zero - 1, out=values)
+        values += self.zero
+        return values.astype(np.uint8)
+
+    def decode(self, codes: Array) -> Floats:
+        """The values f32 of codes."""
+        values = codes.astype(np.float32)
+        values -= self.zero
+        return values
+
     def dequantize(self, codes: Array, scales: Array, width: int) -> Floats:
-        """Codes [n, K], scales [n, K / group] -> weights f32 [n, width]; exact, for a product takes 19 bits."""
-        weights = codes.astype(np.float32).reshape(*scales.shape, self.group)
-        weights -= self.zero
+        """Codes [n, K], scales [n, K / group] -> weights f32 [n, width]; exact, for a product takes 19 bits at most."""
+        weights = self.decode(codes).reshape(*scales.shape, self.group)
         weights *= np.asarray(scales, np.float32)[:, :, None]
         return weights.reshape(codes.shape)[:, :width]
 

@@ -1,4 +1,4 @@
-"""4-bit weights: codes 0 to 15 about 8, the scale of a group found by search. 4.5 bits a weight."""
+"""4-bit weights: codes 0 to 15 about 8, the scale of a group found by search. 4.5 bits a weight in groups of 32."""
 
 from __future__ import annotations
 
@@ -52,3 +52,5 @@ class FourBit(QuantFormat):
 
 
 Q4 = FourBit("q4", 4)
+Q4_G64 = FourBit("q4g64", 4, 64)
+Q4_G128 = FourBit("q4g128", 4, 128)

@@ -11,10 +11,16 @@ from llmc.commands.common import Json, Model, error_console, print_json
 from llmc.driver import compile_model
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GPU_VARIANTS
-from llmc.options import CompileOptions
+from llmc.options import CPU_KV_DTYPES, CompileOptions
 from llmc.report.ledger import print_compile_report
 
 EXAMPLE = "llmc compile examples/picocode -o picocode"
+
+
+def _gpu_formats() -> str:
+    """The formats that no CPU target takes, with their bits."""
+    named = [f"{f.name} {f.bits_per_weight:g}" for f in FORMATS.values() if not f.integer_products]
+    return f"GPU only: {', '.join(named)}"
 
 
 def command(
@@ -35,12 +41,14 @@ def command(
         str,
         typer.Option(
             metavar=f"none|{'|'.join(FORMATS)}|FILE.toml",
-            help="Weight format: none keeps the checkpoint's dtype, q8 takes 8.5 bits a weight, q4 4.5. A file gives"
-            " one each to format (all linears), lm_head and embedding; a tied embedding is like the lm_head, others are"
-            " kept by default.",
+            help="Weight format: none keeps the checkpoint's dtype, q8 takes 8.5 bits a weight, q4 4.5."
+            f" {_gpu_formats()}. A file gives one each to format (all linears), lm_head and embedding; a tied embedding"
+            " is like the lm_head, others are kept by default.",
         ),
     ] = "none",
-    kv_quant: Annotated[str | None, typer.Option(help="KV cache dtype: none, f16, bf16, f32, int8.")] = None,
+    kv_quant: Annotated[
+        str | None, typer.Option(help=f"KV cache dtype: none, {', '.join(CPU_KV_DTYPES)}; GPU only: fp8.")
+    ] = None,
     architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="For timing and analysis.")] = False,

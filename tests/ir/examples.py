@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from llmc.ir.op import Array, ConstantData, Op
+from llmc.ir.op import Array, ConstantData
 from llmc.ir.ops.attention import Attention, PagedAttention
 from llmc.ir.ops.cache import KvAppend, QkvAppend, RopeAppend
 from llmc.ir.ops.elementwise import (
@@ -40,50 +40,14 @@ from llmc.ir.ops.elementwise import (
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
-from llmc.ir.ops.quantized import (
-    DequantizeRows,
-    DequantizeWeight,
-    QuantizedEmbedding,
-    QuantizedGatedLinear,
-    QuantizedLinear,
-    QuantizeRows,
-    QuantizeWeight,
-)
 from llmc.ir.ops.reduce import Argmax, Mean, Softmax, Sum
 from llmc.ir.ops.rope import DynamicFrequencies, Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
-from llmc.ir.types import DType, TensorType, symbol
+from llmc.ir.types import DType, TensorType
+from tests.ir.example import SIZE, Example, T, f, i, silu
+from tests.ir.quantized_examples import QUANTIZED
 
-T = symbol("t")
-SIZE = 5
-"""What the symbol t is in these tests."""
 erf = np.vectorize(math.erf)
-
-
-@dataclass(frozen=True)
-class Example:
-    """An op, its operands' types, what it computes written once more in numpy, and operands where random ones will not
-    do."""
-
-    op: Op
-    types: tuple[TensorType, ...]
-    expected: Callable[..., Any]
-    given: dict[int, Array] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.op.name + "-" + "-".join(map(str, self.types))
-
-
-def f(*shape: Any) -> TensorType:
-    return TensorType(DType.F32, shape)
-
-
-def i(*shape: Any) -> TensorType:
-    return TensorType(DType.I32, shape)
-
-
-def silu(x: Array) -> Any:
-    return x / (1 + np.exp(-x))
 
 
 def rms(x: Array, w: Array) -> Any:
@@ -151,7 +115,18 @@ PAGED = (f(3, 1, 2, 4), f(3, 1, 4, 2))
 TABLES = np.array([[2, 0], [1, 0]])
 
 
-def paged(q: Array, key: Array, value: Array, positions: Array, starts: Array, tables: Array) -> Array:
+def paged(
+    q: Array,
+    key: Array,
+    value: Array,
+    positions: Array,
+    starts: Array,
+    tables: Array,
+    sinks: Array | None = None,
+    *,
+    window: int = 99,
+    cap: float = 0.0,
+) -> Array:
     """Two sequences, 3 and 2 tokens, 2 heads of width 2 over one key head."""
     out = np.zeros_like(q)
     for t in range(len(q)):
@@ -159,8 +134,10 @@ def paged(q: Array, key: Array, value: Array, positions: Array, starts: Array, t
         keys = np.concatenate([key[b, 0].T for b in blocks])[: positions[t] + 1]
         values = np.concatenate([value[b, 0] for b in blocks])[: positions[t] + 1]
         for head in range(2):
-            weights = np.exp(keys @ q[t, 2 * head : 2 * head + 2] * 0.5)
-            out[t, 2 * head : 2 * head + 2] = weights @ values / weights.sum()
+            scores = (keys @ q[t, 2 * head : 2 * head + 2] * 0.5)[-window:]
+            weights = np.exp(cap * np.tanh(scores / cap) if cap else scores)
+            total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+            out[t, 2 * head : 2 * head + 2] = weights @ values[-window:] / total
     return out
 
 
@@ -169,41 +146,6 @@ def dynamic(p: Array) -> Array:
     return base[:, None] ** (-np.arange(0, 6, 2) / 6)
 
 
-def weight_types(n: int, groups: int) -> tuple[TensorType, TensorType]:
-    """Codes and scales of n rows."""
-    return TensorType(DType.U8, (n, 32 * groups)), TensorType(DType.F16, (n, groups))
-
-
-def dequantized(codes: Array, scales: Array, zero: int, width: int) -> Array:
-    """Weights, one by one."""
-    out = np.zeros((len(codes), width))
-    for row, column in np.ndindex(out.shape):
-        out[row, column] = (int(codes[row, column]) - zero) * scales[row, column // 32]
-    return out
-
-
-def rounded(x: Array) -> tuple[Array, Array]:
-    """Codes and scales of activations, group by group, every step in float32."""
-    x = np.pad(x.astype(np.float32), ((0, 0), (0, -x.shape[1] % 32)))
-    codes, scales = np.zeros(x.shape), np.zeros((len(x), x.shape[1] // 32))
-    for row, group in np.ndindex(scales.shape):
-        part = x[row, 32 * group : 32 * group + 32]
-        largest = np.float32(max(abs(v) for v in part))
-        scales[row, group] = largest * np.float32(1 / 127)
-        inverse = np.float32(0) if largest < 1e-30 else np.float32(127) / largest
-        codes[row, 32 * group : 32 * group + 32] = [round(float(v * inverse)) for v in part]
-    return codes, scales
-
-
-def fake(x: Array) -> Array:
-    """Activations as their codes say."""
-    codes, scales = rounded(x)
-    back: Array = (codes * np.repeat(scales, 32, 1))[:, : x.shape[1]]
-    return back
-
-
-EIGHT_BITS = np.array([np.arange(32) * 8 - 127, np.zeros(32)])
-CODES = np.random.default_rng(3).integers(0, 16, (4, 64))
 POSITIONS = {3: np.arange(SIZE)}
 TABLE = np.arange(12.0).reshape(4, 3).astype(np.float32)
 
@@ -229,6 +171,12 @@ EXAMPLES = [
     Example(LogicalAnd(), (TensorType(DType.BOOL, (3,)),) * 2, lambda x, y: x & y, {0: np.array([True, True, False])}),
     Example(Mask(-math.inf), (f(2, 3), TensorType(DType.BOOL, (3,))), lambda x, m: np.where(m, x, -np.inf)),
     Example(Cast(DType.F16), (f(T, 3),), lambda x: x.astype(np.float16).astype(np.float64)),
+    Example(
+        Cast(DType.F8E4M3),
+        (f(9),),
+        lambda x: np.array([448.0, -448.0, 448.0, 1.0, 1.25, -1.25, 2.0**-9, 0.0, np.nan]),
+        {0: np.array([460.0, -1e9, np.inf, 1.0625, 1.1876, -1.3124, 2.0**-9, 2.0**-10, np.nan])},
+    ),
     Example(Cast(DType.I32), (f(T),), np.trunc),
     Example(Silu(), (f(T, 4),), silu),
     Example(
@@ -252,69 +200,7 @@ EXAMPLES = [
         (f(T, 3), f(4, 3), f(4)),
         lambda x, w, b: silu(x @ w[:2].T + b[:2]) * (x @ w[2:].T + b[2:]),
     ),
-    Example(
-        QuantizeWeight("q4"),
-        (f(2, 32),),
-        lambda w: (np.array([np.arange(32) % 16, np.full(32, 8)]), np.array([[0.5], [0]])),
-        {0: np.array([np.arange(32) % 16 - 8.0, np.zeros(32)]) / 2},
-    ),
-    Example(
-        QuantizeWeight("q8"),
-        (f(2, 32),),
-        lambda w: (128 + EIGHT_BITS, np.array([[0.5], [0]])),
-        {0: EIGHT_BITS / 2},
-    ),
-    Example(DequantizeWeight("q8", 33), weight_types(4, 2), lambda c, s: dequantized(c, s, 128, 33)),
-    Example(DequantizeWeight("q4", 64), weight_types(4, 2), lambda c, s: dequantized(c, s, 8, 64), {0: CODES}),
-    Example(QuantizeRows(), (f(T, 64),), rounded),
-    Example(QuantizeRows(), (f(T, 40),), rounded),
-    Example(
-        QuantizeRows(2),
-        (f(2, 4),),
-        lambda x: (
-            np.array([[127, -64, 0, 0], [0, 0, 2, 127]]),
-            np.array([[2, 0], [1e-31, 254]]).astype(np.float32) * np.float32(1 / 127),
-        ),
-        {0: np.array([[2.0, -1, 0, 0], [1e-31, 0, 5, 254]])},
-    ),
-    Example(
-        DequantizeRows(33),
-        (TensorType(DType.I8, (T, 64)), f(T, 2)),
-        lambda c, s: (c * np.repeat(s, 32, 1))[:, :33],
-    ),
-    Example(
-        QuantizedLinear("q8"),
-        (f(T, 33), *weight_types(4, 2)),
-        lambda x, c, s: fake(x) @ dequantized(c, s, 128, 33).T,
-    ),
-    Example(
-        QuantizedLinear("q4", True, "relu", True),
-        (f(T, 64), *weight_types(4, 2), f(4), f(T, 4)),
-        lambda x, c, s, b, r: np.maximum(fake(x) @ dequantized(c, s, 8, 64).T + b, 0) + r,
-        {1: CODES},
-    ),
-    Example(
-        QuantizedGatedLinear("q4", "silu"),
-        (f(T, 64), *weight_types(4, 2)),
-        lambda x, c, s: silu(fake(x) @ dequantized(c, s, 8, 64)[:2].T) * (fake(x) @ dequantized(c, s, 8, 64)[2:].T),
-        {1: CODES},
-    ),
-    Example(
-        QuantizedGatedLinear("q8", "relu", True),
-        (f(T, 32), *weight_types(2, 1), f(2)),
-        lambda x, c, s, b: np.prod(
-            [
-                np.maximum(fake(x) @ dequantized(c, s, 128, 32)[:1].T + b[:1], 0),
-                fake(x) @ dequantized(c, s, 128, 32)[1:].T + b[1:],
-            ],
-            axis=0,
-        ),
-    ),
-    Example(
-        QuantizedEmbedding("q4", 50),
-        (i(T), *weight_types(7, 2)),
-        lambda ids, c, s: dequantized(c, s, 8, 50)[ids],
-    ),
+    *QUANTIZED,
     Example(RmsNorm(0.1), (f(T, 4), f(4)), rms),
     Example(LayerNorm(0.1), (f(2, T, 4), f(4), f(4)), layer_norm),
     Example(AddRmsNorm(0.1), (f(T, 4), f(T, 4), f(4)), lambda x, r, w: (x + r, rms(x + r, w))),
@@ -345,6 +231,12 @@ EXAMPLES = [
         PagedAttention(2, 1, 2, 0.5),
         (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
         paged,
+        {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
+    ),
+    Example(
+        PagedAttention(2, 1, 2, 0.5, window=3, soft_cap=0.75, sinks=True),
+        (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(2)),
+        partial(paged, window=3, cap=0.75),
         {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
     ),
     Example(KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), *STATES), append, {2: SLOTS}),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from llmc.ir.errors import LlmcError
 from llmc.ir.graph import Graph, Input
 from llmc.ir.interpret import interpret
-from llmc.ir.op import Array, ConstantData, Hole, Node, Op, Value, topological
+from llmc.ir.op import Array, ConstantData, Emitter, Hole, Node, Op, Value, topological
 from llmc.ir.ops.attention import Attention, PagedAttention
 from llmc.ir.ops.cache import KvAppend
 from llmc.ir.ops.elementwise import Add, Mask, Mul
@@ -23,13 +27,18 @@ from llmc.ir.ops.quantized import (
     QuantizedLinear,
     QuantizeRows,
     QuantizeWeight,
+    boundary_bytes,
+    weight_bytes,
 )
 from llmc.ir.ops.rope import Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
+from llmc.ir.quant import FORMATS
 from llmc.ir.text import parse
 from llmc.ir.types import DType, TensorType
 from llmc.ir.verify import verify
-from tests.ir.examples import EXAMPLES, PAGED, SIZE, STATES, TABLE, Example, T, f, i, weight_types
+from tests.ir.example import SIZE, Example, T, f, i
+from tests.ir.examples import EXAMPLES, PAGED, STATES, TABLE
+from tests.ir.quantized_examples import weight_types
 
 OURS = sorted(name for name, kind in Op.registry.items() if kind.__module__.startswith("llmc.ir.ops."))
 each = pytest.mark.parametrize("example", EXAMPLES, ids=str)
@@ -140,7 +149,11 @@ def test_operands_of_another_number_are_refused(example: Example) -> None:
         (Linear(residual=True), (f(T, 4), f(3, 4), f(1, 3)), r"expected residual f32\[t, 3\]"),
         (GatedLinear("silu"), (f(T, 4), f(3, 4)), "expected an even number of weight rows"),
         (Embedding(DType.F32), (f(T), f(3, 4)), "^embedding"),
-        (QuantizeWeight("q5"), (f(3, 32),), "^quantize_weight{format=q5}: expected a format of q8, q4; given q5"),
+        (
+            QuantizeWeight("q5"),
+            (f(3, 32),),
+            "^quantize_weight{format=q5}: expected a format of q8, q4, q8g128, .*, fp8; given q5",
+        ),
         (QuantizeWeight("q4"), (i(3, 32),), "expected a matrix of floats"),
         (DequantizeWeight("q4", 65), weight_types(4, 2), r"expected codes \[n, 96\] and scales \[n, 3\]"),
         (DequantizeWeight("q4", 64), (*weight_types(4, 2)[:1], f(4, 2)), "expected codes u8 and scales f16"),
@@ -148,6 +161,17 @@ def test_operands_of_another_number_are_refused(example: Example) -> None:
         (DequantizeRows(65), (TensorType(DType.I8, (T, 64)), f(T, 2)), "expected a width of at most 64"),
         (DequantizeRows(64), (TensorType(DType.I8, (T, 64)), f(T, 3)), r"expected codes \[m, K\] and scales"),
         (QuantizedLinear("q4"), (f(T, 65), *weight_types(4, 2)), r"expected codes \[n, 96\]"),
+        (
+            QuantizedLinear("q4g64"),
+            (f(T, 64), *weight_types(4, 1, 64)),
+            "for activations in 8 bits, q8, q4; given q4g64",
+        ),
+        (
+            QuantizedGatedLinear("fp8", "silu"),
+            (f(T, 128), *weight_types(4, 1, 128)),
+            "for activations in 8 bits, q8, q4; given fp8",
+        ),
+        (DequantizeWeight("q4g64", 64), weight_types(4, 2), r"expected codes \[n, 64\] and scales \[n, 1\]"),
         (QuantizedLinear("q4", True), (f(T, 64), *weight_types(4, 2), f(5)), r"expected bias \[n\]"),
         (QuantizedLinear("q4", residual=True), (f(T, 64), *weight_types(4, 2), f(4)), r"residual f32\[t, 4\]"),
         (QuantizedLinear("q4", False, "swosh"), (f(T, 64), *weight_types(4, 2)), "expected a known activation"),
@@ -175,6 +199,32 @@ def test_operands_of_another_number_are_refused(example: Example) -> None:
             (f(5, 4), *PAGED, i(5), i(4), i(2, 2)),
             r"block_tables \[sequences, max_blocks\]",
         ),
+        (
+            PagedAttention(2, 1, 2, 1.0, window=-1),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
+            "a window of at least 1, or 0",
+        ),
+        (PagedAttention(2, 1, 2, 1.0, soft_cap=-2.0), (f(5, 4), *PAGED, i(5), i(3), i(2, 2)), "a soft_cap above 0, or"),
+        (
+            PagedAttention(2, 1, 2, 1.0, soft_cap=math.inf),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
+            "a soft_cap above 0, or",
+        ),
+        (
+            PagedAttention(2, 1, 2, 1.0, sinks=True),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
+            "block_tables, sinks; given",
+        ),
+        (
+            PagedAttention(2, 1, 2, 1.0),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(2)),
+            "query_start, block_tables; given",
+        ),
+        (
+            PagedAttention(2, 1, 2, 1.0, sinks=True),
+            (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(4)),
+            r"expected sinks f32\[2\]; given f32\[4\]",
+        ),
         (PagedAttention(2, 1, 2, 1.0), (f(5, 4), PAGED[1], PAGED[0], i(5), i(3), i(2, 2)), "key state of these heads"),
         (KvAppend(1, 2), (f(T, 4), f(T, 4), i(T), *STATES), r"expected k and v \[tokens, 2\]"),
         (KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), STATES[0], PAGED[1]), "states of one dtype"),
@@ -199,6 +249,41 @@ def test_quantized_weights_cost_their_true_bits() -> None:
         assert embedding.bytes_read == 3 * (4 + bytes // 8), "three ids, three rows"
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("q8", 8 * 256 + 8 * 8 * 2),
+        ("q4g64", 8 * 128 + 8 * 4 * 2),
+        ("q4g128", 8 * 128 + 8 * 2 * 2),
+        ("fp8", 8 * 256 + 8 * 2 * 2),
+    ],
+)
+def test_a_fused_op_over_a_weight_in_a_format_reads_its_true_bits(name: str, weight: int) -> None:
+    """As a GPU's product would be written: activations kept, its expansion a product with the dequantized weight."""
+
+    @dataclass(frozen=True)
+    class Product(Quantized, abstract=True):
+        format: str
+        name = "product"
+
+        def decompose(self, b: Emitter, *values: Value) -> Value:
+            x, bias, codes, scales = values
+            wide = b.dequantize_weight(codes, scales, format=self.format, width=256)
+            return b.one(Linear(bias=True), x, wide, bias)
+
+        def bytes_read(self, operands: Sequence[TensorType]) -> int:
+            return boundary_bytes(self.quant, operands, codes=2)
+
+    group = FORMATS[name].group
+    types = (f(5, 256), f(8), *weight_types(8, 256 // group, group))
+    cost = Product(name).cost(*types)
+    assert cost.bytes_read == types[0].bytes + types[1].bytes + weight
+    assert cost.bytes_written == 5 * 8 * 4
+    assert cost.flops == Linear(bias=True).cost(f(5, 256), f(8, 256), f(8)).flops
+    assert weight_bytes(FORMATS[name], *types[2:]) == weight
+    assert DequantizeWeight(name, 256).cost(*types[2:]).bytes_read == weight
+
+
 def test_activations_that_are_not_finite_stay_so() -> None:
     codes, scales = QuantizeRows(2).reference(np.array([[np.inf, 1.0, np.nan, 1.0, 1.0, 0.5]]))
     (x,) = DequantizeRows(6).reference(codes, scales)
@@ -214,6 +299,25 @@ def test_rounding_of_states() -> None:
         arrays = (k, k, np.array([2]), np.zeros((1, 1, 2, 4)), np.zeros((1, 1, 4, 2)))
         key, value = KvAppend(1, 2).evaluate(types, arrays, {})
         assert key[0, 0, 0, 2] == value[0, 0, 2, 0] == want
+
+
+def test_states_in_8_bit_floats_saturate() -> None:
+    """3 bits of mantissa, ±448 at most, NaN as it was; a padding slot writes nothing, float64 rounds nothing."""
+    given = np.array([[1.07, -0.3, 500.0, -np.inf, np.nan], [9.0, 9.0, 9.0, 9.0, 9.0]])
+    want = np.array([1.125, -0.3125, 448.0, -448.0, np.nan])
+    shapes = (1, 1, 5, 4), (1, 1, 4, 5)
+    for dtype, stored in ((DType.F8E4M3, want), (DType.F64, given[0])):
+        types = (f(2, 5), f(2, 5), i(2), *(TensorType(dtype, s) for s in shapes))
+        arrays = (given, given, np.array([2, -1]), *map(np.zeros, shapes))
+        assert KvAppend(1, 5).infer(*types) == types[3:]
+        key, value = KvAppend(1, 5).evaluate(types, arrays, {})
+        np.testing.assert_array_equal(key[0, 0, :, 2], stored)
+        np.testing.assert_array_equal(value[0, 0, 2], stored)
+        key[0, 0, :, 2] = value[0, 0, 2] = 0
+        assert not key.any()
+        assert not value.any()
+    cost = KvAppend(1, 5).cost(f(2, 5), f(2, 5), i(2), *(TensorType(DType.F8E4M3, s) for s in shapes))
+    assert cost.bytes_written == 2 * 2 * 5
 
 
 def test_unowned_blocks_never_matter() -> None:

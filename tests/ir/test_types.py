@@ -169,3 +169,14 @@ def test_sizes() -> None:
         _ = type.elements
     assert TensorType(DType.F32, ()).elements == math.prod(())
     assert isinstance(SYMBOLS["a"], Linear)
+
+
+def test_storing() -> None:
+    """f8e4m3 has no infinity: it saturates; other floats overflow as ever, integers are as they are."""
+    given = np.array([1e9, -449.0, np.inf, np.nan, 17.0, -0.1])
+    stored = DType.F8E4M3.store(given)
+    assert stored.dtype == ml_dtypes.float8_e4m3fn
+    np.testing.assert_array_equal(stored.astype(np.float64), [448, -448, 448, np.nan, 16, -0.1015625])
+    assert np.isnan(given[3]), "in place"
+    np.testing.assert_array_equal(DType.F16.store(np.array([7.0, np.inf])).astype(np.float64), [7, np.inf])
+    assert DType.I8.store(np.array([-3])).tolist() == [-3]

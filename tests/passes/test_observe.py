@@ -163,7 +163,7 @@ def test_relative_error() -> None:
     assert relative_error(np.zeros(0), np.zeros(0)) == 0
 
 
-@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.I32, DType.BOOL])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.F8E4M3, DType.I32, DType.BOOL])
 def test_constants_are_stored_exactly(tmp_path: Path, dtype: DType) -> None:
     b = Model()
     array = np.random.default_rng(0).standard_normal((5, 7)) > 0 if dtype is DType.BOOL else np.arange(35) / 4

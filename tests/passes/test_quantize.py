@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.ir.cost import graph_cost
 from llmc.ir.errors import LlmcError, ParseError
 from llmc.ir.graph import Graph, Leaf
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array
-from llmc.ir.quant import FORMATS
+from llmc.ir.ops.quantized import DequantizeWeight, QuantizeWeight
+from llmc.ir.quant import FORMATS, INTEGER_FORMATS
 from llmc.ir.text import parse
 from llmc.ir.types import DType
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck, Verifier, together
 from llmc.passes.pipelines import COMMON, model_pipeline, read_pipeline, step_pipeline
-from llmc.passes.quantize import Quantize
+from llmc.passes.quantize import INT8, KEPT, Quantize
 from llmc.passes.trials import random_parameter
-from tests.ir.examples import fake, silu
+from tests.ir.example import silu
+from tests.ir.quantized_examples import fake
 from tests.passes.graphs import Model, counts, learned_model, rotary_model
 
 LAYER = {"quantized_linear": 3, "quantized_gated_linear": 1}
@@ -33,7 +36,7 @@ def formats(graph: Graph) -> Counter[str]:
     return Counter(found)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", INTEGER_FORMATS)
 def test_every_linear_of_a_layer(name: str) -> None:
     context, layers = PassContext(), 3
     model = rotary_model(layers=layers, width=8, rotary=8, weights=DType.BF16)
@@ -52,6 +55,28 @@ def test_every_linear_of_a_layer(name: str) -> None:
     }
     packed = Counter(n.op.name for n in step.nodes if n in step.parameter_only)
     assert packed["quantize_weight"] == 4 * layers + 1, "the table and the head share their codes"
+    assert parse(str(step)) == step
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_linear_of_a_layer_with_activations_kept(name: str) -> None:
+    """The same weights are quantized and read; the linears are linears."""
+    context, layers, watch = PassContext(), 3, together(Verifier(), NumericsCheck())
+    model = rotary_model(layers=layers, width=8, rotary=8, weights=DType.BF16)
+    step = step_pipeline(DType.F16, quant=Quantize(name, activations=KEPT)).run(model, context, watch)
+    found = counts(step)
+    assert {k: v for k, v in found.items() if k.startswith("quantized")} == {"quantized_embedding": 1}
+    assert found["linear"] == 3 * layers + 1
+    assert found["gated_linear"] == layers
+    for node in step.nodes:
+        if node.op.name in ("linear", "gated_linear"):
+            weight = node.inputs[1]
+            assert weight.op.name == "dequantize_weight"
+            assert [v.op for v in weight.node.inputs] == [QuantizeWeight(name)] * 2
+            assert weight.node in step.parameter_only
+    assert context.counts["quantized-linear"] == 3 * layers + 1
+    packed = Counter(n.op.name for n in step.nodes if n in step.parameter_only)
+    assert packed["quantize_weight"] == packed["dequantize_weight"] == 4 * layers + 1
     assert parse(str(step)) == step
 
 
@@ -122,8 +147,27 @@ def test_mistakes() -> None:
         read_pipeline("quantize{format=q4,lm_head=non}")
     with pytest.raises(ParseError, match="the pass 'quantize' needs the option 'format'"):
         read_pipeline("quantize")
-    text = "quantize{format=q4,lm_head=q8}"
-    assert str(read_pipeline(text)) == text
+    with pytest.raises(ParseError, match="'quantize': activations are int8 or kept, given 'f16'"):
+        read_pipeline("quantize{format=q4,activations=f16}")
+    with pytest.raises(
+        ParseError, match=r"format: there is no weight format 'q5'; known: fp8, none, q4, q4g128, q4g64"
+    ):
+        read_pipeline("quantize{format=q5,activations=kept}")
+    for text in ("quantize{format=q4,lm_head=q8}", "quantize{format=fp8,lm_head=q4g64,activations=kept}"):
+        assert str(read_pipeline(text)) == text
+
+
+@pytest.mark.parametrize("part", ["format", "lm_head", "embedding"])
+@pytest.mark.parametrize("name", ["q8g128", "q4g64", "q4g128", "fp8"])
+def test_formats_that_integers_do_not_go_with(part: str, name: str) -> None:
+    """No op that multiplies integers is made with them, and no other in their place."""
+    with pytest.raises(
+        LlmcError,
+        match=f"^{part}: {name} is for GPU targets only, where activations keep their dtype; a CPU target takes none,"
+        " q8, q4$",
+    ):
+        Quantize(**{"format": "q4", part: name})
+    assert getattr(Quantize(**{"format": "q4", "activations": KEPT, part: name}), part) == name
 
 
 def test_a_budget_bisects() -> None:
@@ -144,9 +188,8 @@ def rms(x: Array, weight: Array) -> Array:
     return result
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_what_is_computed(name: str) -> None:
-    """An embedding, a gated block with a residual and a tied head, of activations and weights as their codes say."""
+def block() -> Graph:
+    """An embedding, a gated block with a residual and a tied head."""
     b = Model(DType.BF16)
     table = b.param("embed.weight", DType.BF16, (11, 40))
     x = b.embedding(b.token_ids, table, dtype=DType.F32)
@@ -159,13 +202,22 @@ def test_what_is_computed(name: str) -> None:
     x = b.linear(
         y, b.param("down", DType.BF16, (40, 24)), b.param("bias", DType.F32, (40,)), x, bias=True, residual=True
     )
-    graph = b.graph({"logits": b.linear(x, table)})
+    return b.graph({"logits": b.linear(x, table)})
+
+
+IDS = np.array([3, 0, 10, 3, 7])
+INPUTS = {"token_ids": IDS, "positions": np.arange(5)}
+
+
+@pytest.mark.parametrize("name", INTEGER_FORMATS)
+def test_what_is_computed(name: str) -> None:
+    """Of activations and weights as their codes say."""
+    graph = block()
     arrays = {
         v.op.label: random_parameter(v).astype(v.type.dtype.numpy) for v in graph.params if isinstance(v.op, Leaf)
     }
-    ids = np.array([3, 0, 10, 3, 7])
     after = Quantize(name).run(graph, PassContext())
-    got = interpret(after, {"token_ids": ids, "positions": np.arange(5)}, arrays).outputs["logits"]
+    got = interpret(after, INPUTS, arrays).outputs["logits"]
 
     def read(label: str) -> Array:
         weight = arrays[label].astype(np.float64)
@@ -173,11 +225,50 @@ def test_what_is_computed(name: str) -> None:
         zero = {"q8": 128.0, "q4": 8.0}[name]
         return ((codes - zero) * np.repeat(scales.astype(np.float64), 32, 1))[:, : weight.shape[1]]
 
-    hidden = read("embed.weight")[ids]
+    hidden = read("embed.weight")[IDS]
     inner = fake(rms(hidden, arrays["norm"].astype(np.float64)))
     inner = silu(inner @ read("gate").T) * (inner @ read("up").T)
     hidden = hidden + fake(inner) @ read("down").T + arrays["bias"]
     np.testing.assert_allclose(got, fake(hidden) @ read("embed.weight").T, rtol=1e-9, atol=1e-12)
-    plain = interpret(graph, {"token_ids": ids, "positions": np.arange(5)}, arrays).outputs["logits"]
+    plain = interpret(graph, INPUTS, arrays).outputs["logits"]
     assert np.abs(got - plain).max() < {"q8": 0.03, "q4": 0.3}[name] * np.abs(plain).max()
     assert np.abs(got - plain).max() > 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_computed_with_activations_kept(name: str) -> None:
+    """Exactly what the unquantized graph computes of the weights that the codes say."""
+    graph, quant = block(), FORMATS[name]
+    arrays = {v.op.label: random_parameter(v) for v in graph.params if isinstance(v.op, Leaf)}
+    said = {
+        label: quant.dequantize(*quant.quantize(array), array.shape[1]) if array.ndim == 2 else array
+        for label, array in arrays.items()
+    }
+    after = Quantize(name, activations=KEPT).run(graph, PassContext())
+    assert not {"linear", "gated_linear"} - counts(after).keys()
+    got = interpret(after, INPUTS, arrays).outputs["logits"]
+    np.testing.assert_array_equal(got, interpret(graph, INPUTS, said).outputs["logits"])
+    plain = interpret(graph, INPUTS, arrays).outputs["logits"]
+    bound = {"q8": 0.03, "q4": 0.3, "fp8": 0.15}[name[:3] if name == "fp8" else name[:2]]
+    assert 0 < np.abs(got - plain).max() < bound * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("name", INTEGER_FORMATS)
+def test_what_a_step_moves_is_counted_in_true_bits_either_way(name: str) -> None:
+    """A product over codes, or over what they are dequantized to: its weight is read once, as it is stored."""
+    sizes = {"tokens": 5}
+    both = [Quantize(name, activations=a).run(COMMON.run(rotary_model()), PassContext()) for a in (INT8, KEPT)]
+    codes, kept = (graph_cost(graph, sizes) for graph in both)
+    assert kept.bytes == codes.bytes
+    assert kept.flops == codes.flops
+    assert kept.bytes < graph_cost(COMMON.run(rotary_model()), sizes).bytes
+
+
+def test_parts_with_activations_kept() -> None:
+    """Formats of their own for the head and what is not a linear; what is not asked for stays as it is."""
+    graph = untied(rotary_model())
+    options = "format=none,lm_head=q4g128,embedding=fp8,activations=kept"
+    after = read_pipeline(f"quantize{{{options}}}").run(graph, observer=Verifier())
+    assert formats(after) == {"quantized_embedding:fp8": 1}
+    read = {n.inputs[1].op for n in after.nodes if n.op.name in ("linear", "gated_linear")}
+    assert [op for op in read if op.name == "dequantize_weight"] == [DequantizeWeight("q4g128", 16)]

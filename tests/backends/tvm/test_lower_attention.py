@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from llmc.backends.tvm.lower import lower
 from llmc.backends.tvm.lower_attention import entry_graph
 from llmc.backends.tvm.splits import MOST_SPLITS, SEGMENT, split_length
 from llmc.entries import specialised
-from llmc.ir.graph import Graph, Leaf
+from llmc.ir.errors import NoKernel
+from llmc.ir.graph import Graph, Leaf, Param
 from llmc.ir.interpret import interpret
-from llmc.ir.op import Array, Node
+from llmc.ir.op import Array, Emitter, Node, Value
+from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.text import parse
-from llmc.ir.types import DType
+from llmc.ir.types import DType, TensorType
 from llmc.ir.verify import verify
 from llmc.options import Limits
 from llmc.passes.pipelines import step_pipeline
+from llmc.passes.quantize import KEPT, Quantize
 from llmc.passes.trials import random_parameter, random_trial
 from tests.passes.graphs import learned_model, rotary_model
 
@@ -82,3 +86,57 @@ def test_split_length(longest: int) -> None:
     assert split % SEGMENT == 0
     assert -(-longest // split) <= MOST_SPLITS
     assert split == SEGMENT or -(-longest // (split - SEGMENT)) > MOST_SPLITS
+
+
+def changed(model: str, **attributes: object) -> Graph:
+    """A step whose attentions have other attributes; `sinks` are a parameter."""
+    step = step_pipeline(DType.F32, 4).run(MODELS[model](layers=1))
+    heads = next(n.op.num_heads for n in step.nodes if isinstance(n.op, PagedAttention))
+    sinks = Value(Node(Param("sinks"), (), (TensorType(DType.F32, (heads,)),)))
+
+    def emit(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        b = Emitter()
+        b.loc = node.loc
+        if not isinstance(node.op, PagedAttention):
+            return b.make(node.op, inputs).results
+        op = replace(node.op, **attributes)  # type: ignore[arg-type]
+        return b.make(op, (*inputs, *[sinks] * op.sinks)).results
+
+    return replace(step.map(emit), params=(*step.params, sinks))
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize(
+    ("attributes", "named"),
+    [
+        ({"window": 3}, "window=3"),
+        ({"soft_cap": 30.0}, "soft_cap=30.0"),
+        ({"sinks": True}, "sinks=True"),
+        ({"window": 8, "sinks": True}, "window=8, sinks=True"),
+    ],
+)
+def test_what_no_kernel_does(attributes: dict[str, object], named: str, model: str) -> None:
+    step = changed(model, **attributes)
+    verify(step)
+    assert parse(str(step)) == step
+    message = f"^no CPU kernel for paged_attention with {named} at layers.0.attention$"
+    with pytest.raises(NoKernel, match=message):
+        lower(step, LONGEST)
+
+
+@pytest.mark.parametrize(("model", "append"), [("rotary", "rope_append"), ("learned", "qkv_append")])
+def test_no_kernel_stores_8_bit_floats(model: str, append: str) -> None:
+    step = step_pipeline(DType.F8E4M3, 4).run(MODELS[model](layers=1))
+    assert {v.type.dtype for v in step.states} == {DType.F8E4M3}
+    with pytest.raises(NoKernel, match=f"^no CPU kernel for {append} into states of f8e4m3 at layers.0.attention$"):
+        lower(step, LONGEST)
+
+
+@pytest.mark.parametrize("name", ["q4g64", "fp8"])
+def test_no_kernel_reads_a_table_in_a_format_for_gpus(name: str) -> None:
+    quant = Quantize("none", "none", name, KEPT)
+    step = step_pipeline(DType.F16, 4, quant).run(learned_model(layers=1))
+    with pytest.raises(
+        NoKernel, match=f"^no CPU kernel for quantized_embedding of weights in {name} at .*CPUs take q8, q4$"
+    ):
+        lower(step, LONGEST)
