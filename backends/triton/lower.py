@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from llmc.backends.dynamic_rotary import absorbed, dynamic_table
-from llmc.backends.triton.blocks import block_weight
+from llmc.backends.triton.blocks import block_weight, packed_codes
 from llmc.backends.triton.ops import (
     SAMPLING_WORDS,
     BlockAppend,
+    BlockEmbedding,
     BlockGatedLinear,
     BlockLinear,
     RoundedAppend,
     RoundedNorm,
     SelectTokens,
 )
+from llmc.backends.triton.packing_ops import OrderRows
 from llmc.backends.triton.select import has_kernel
 from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph, Input
@@ -59,6 +61,7 @@ def _norm_into_product(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ..
     norm = inputs[0].op if inputs else None
     product = isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
     if product and isinstance(norm, RoundedNorm) and not norm.centred:
+        assert isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
         fused = replace(node.op, norm_eps=norm.eps)
         return b.make(fused, (*inputs[0].node.inputs, *inputs[1:])).results
     return node.results if inputs == node.inputs else b.make(node.op, inputs).results
@@ -70,8 +73,9 @@ class _Lowering:
         self.compute = compute
         self.sampling: Value | None = None
         self.chosen: Value | None = None
-        self.blocks: dict[tuple[Value, str], tuple[Value, ...]] = {}
+        self.blocks: dict[tuple[Value, OrderRows], tuple[Value, ...]] = {}
         self.absorbed = absorbed(graph)
+        self.tied = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Linear)}
 
     def node(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         """What takes the node's place; `inputs` are its operands, lowered already."""
@@ -119,9 +123,11 @@ class _Lowering:
         if isinstance(op, GatedLinear):
             if op.bias:
                 return self._gated_with_bias(b, node, op, inputs)
-            gated = BlockGatedLinear(format, rows, width, op.activation, None, self._dtype(node))
+            gated = BlockGatedLinear(format, rows, width, op.activation, None, self.compute, self._dtype(node))
             return self._emit(b, gated, x, *self._blocks(b, weight, gated))
-        linear = BlockLinear(format, rows, width, op.bias, op.activation, op.residual, None, self._dtype(node))
+        linear = BlockLinear(
+            format, rows, width, op.bias, op.activation, op.residual, None, self.compute, self._dtype(node)
+        )
         bias = [_wide(b, v) for v in rest[: op.bias]]
         residual = [_wide(b, v) for v in rest[op.bias :]]
         return self._emit(b, linear, x, *self._blocks(b, weight, linear), *bias, *residual)
@@ -146,29 +152,32 @@ class _Lowering:
         qkv, *rest = inputs
         rotation: tuple[int, str] = (op.rotary_dim, op.layout) if isinstance(op, RopeAppend) else (0, "half")
         heads = (op.num_heads, op.num_kv_heads, op.head_dim, *rotation)
-        source = node.inputs[0].node
         product = qkv.op
-        alone = len(self.graph.uses[node.inputs[0]]) == 1
-        if isinstance(product, BlockLinear) and alone and not op.scaled and not product.residual:
-            if product.activation == "none" and op.head_dim % 2 == 0:
-                made = BlockAppend(
-                    product.format, product.width, product.bias, *heads, product.norm_eps, self._dtype(node)
-                )
-                x, weight, *bias = (qkv.node.inputs[0], source.inputs[1], *qkv.node.inputs[product.rest_at :])
-                blocks = self._blocks(b, weight, made)
-                return b.make(made, (x, *blocks, *self._ordered_bias(b, made, bias), *rest)).results
+        alone = len(self.graph.uses[node.inputs[0]]) == 1 and not op.scaled and op.head_dim % 2 == 0
+        if alone and isinstance(product, BlockLinear) and _plain(product):
+            made = BlockAppend(
+                product.format, product.width, product.bias, *heads, None, self.compute, self._dtype(node)
+            )
+            x, bias = qkv.node.inputs[0], qkv.node.inputs[product.rest_at :]
+            blocks = self._blocks(b, node.inputs[0].node.inputs[1], made)
+            return b.make(made, (x, *blocks, *(b(made.order, v) for v in bias), *rest)).results
         return b.make(RoundedAppend(*heads, op.scaled, self._dtype(node)), (_wide(b, qkv), *rest)).results
-
-    def _ordered_bias(self, b: Emitter, op: BlockAppend, bias: list[Value]) -> list[Value]:
-        return bias
 
     def _embedding(
         self, b: Emitter, node: Node, op: Embedding | QuantizedEmbedding, inputs: tuple[Value, ...]
     ) -> Value:
-        """Read out of the blocks of the head that shares the table, where one does."""
-        made = b.make(op, inputs)
-        assert has_kernel(made), made
-        return made.results[0]
+        """Out of blocks where the table is a product's weight too, or in codes; else as it is."""
+        ids, table, *scales = inputs
+        if isinstance(op, QuantizedEmbedding):
+            rows = table.type.shape[0]
+            assert isinstance(rows, int)
+            made = BlockEmbedding(op.format, rows, op.width)
+            return self._emit(b, made, ids, *self._packed_codes(b, made, table, scales[0]))
+        if table in self.tied:
+            rows, width = table.type.concrete({})
+            made = BlockEmbedding("none", rows, width)
+            return self._emit(b, made, ids, *self._blocks(b, table, made))
+        return self._emit(b, op, ids, table)
 
     def _select(self, b: Emitter, logits: Value) -> Value:
         """Greedy tokens, and those that the rows' sampling draws: a further input and a further output."""
@@ -195,9 +204,16 @@ class _Lowering:
 
     def _blocks(self, b: Emitter, weight: Value, op: Any) -> tuple[Value, ...]:
         """The weight in blocks, and its scales, made once for all their readers."""
-        key = (weight, op.order)
+        key = (weight.node.inputs[0] if op.format != "none" else weight, op.order)
         if key not in self.blocks:
             self.blocks[key] = block_weight(b, op, weight, self.compute)
+        return self.blocks[key]
+
+    def _packed_codes(self, b: Emitter, op: BlockEmbedding, codes: Value, scales: Value) -> tuple[Value, ...]:
+        """Codes in blocks, made once for a table and the product that shares them."""
+        key = (codes, op.order)
+        if key not in self.blocks:
+            self.blocks[key] = packed_codes(b, op, codes, scales)
         return self.blocks[key]
 
     def _dtype(self, node: Node) -> DType:
@@ -216,6 +232,11 @@ class _Lowering:
 def _enters_product(node: Node, operand: int) -> bool:
     """Whether a node reads an operand only to multiply it with matrices."""
     return operand == 0 and isinstance(node.op, (*_PRODUCTS, PagedAttention))
+
+
+def _plain(op: BlockLinear) -> bool:
+    """Whether nothing follows the product but a bias."""
+    return op.activation == "none" and not op.residual
 
 
 def _format(weight: Value) -> str:

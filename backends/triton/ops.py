@@ -4,9 +4,10 @@ the dtype that matrix units take."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmc.backends.triton.blocks import natural_weight
+from llmc.backends.triton.packing_ops import OrderRows
 from llmc.ir.op import Array, Cost, Emitter, Op, Value
 from llmc.ir.ops.cache import QkvAppend, RopeAppend, state_count
 from llmc.ir.types import DType, TensorType
@@ -45,21 +46,22 @@ class _Product(Op, abstract=True):
 
     Operands: x [m, width]; with `norm_eps` the weight f32 [width] of an RMS norm of x, which then is f32; blocks, and
     scales where `format` is one of `llmc.ir.quant`; what the subclass adds. `rows`: of the weight; `order`: how its
-    rows are arranged in blocks. The result is rounded to `dtype`.
+    rows are arranged in blocks. x and weight are multiplied in `compute`, and the result is rounded to `dtype`.
     """
 
     format: str
     rows: int
     width: int
     norm_eps: float | None
+    compute: DType
     dtype: DType
 
     stage = "step"
 
     @property
-    def order(self) -> str:
-        """The arrangement of rows (see `blocks.ORDERS`)."""
-        return "natural"
+    def order(self) -> OrderRows:
+        """How the weight's rows are arranged."""
+        return OrderRows("natural")
 
     @property
     def weight_at(self) -> int:
@@ -90,6 +92,7 @@ class BlockLinear(_Product):
     activation: str
     residual: bool
     norm_eps: float | None
+    compute: DType
     dtype: DType
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
@@ -108,11 +111,12 @@ class BlockGatedLinear(_Product):
     width: int
     activation: str
     norm_eps: float | None
+    compute: DType
     dtype: DType
 
     @property
-    def order(self) -> str:
-        return "gated"
+    def order(self) -> OrderRows:
+        return OrderRows("gated")
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
         product = b.gated_linear(*self.product_operands(b, values), activation=self.activation)
@@ -124,8 +128,9 @@ class BlockAppend(_Product):
     """The joint projection of queries, keys and values, whose queries and keys are rotated (`rotary_dim` 0: are not)
     and whose keys and values are appended: `linear`, then `rope_append` or `qkv_append`.
 
-    Further operands: bias f32 [rows] where it is; cos, sin f32 [m, rotary_dim / 2] where there is a rotation;
-    slot_mapping; the states of keys and values. Results: q [m, num_heads · head_dim], the new states.
+    Further operands: bias f32 [rows], ordered as the weight's rows are, where it is; cos, sin f32 [m, rotary_dim / 2]
+    where there is a rotation; slot_mapping; the states of keys and values. Results: q [m, num_heads · head_dim], the
+    new states.
     """
 
     format: str
@@ -137,6 +142,7 @@ class BlockAppend(_Product):
     rotary_dim: int
     layout: str
     norm_eps: float | None
+    compute: DType
     dtype: DType
 
     result_count = 3
@@ -147,8 +153,9 @@ class BlockAppend(_Product):
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
-    def order(self) -> str:
-        return "heads"
+    def order(self) -> OrderRows:
+        turned = self.num_heads + self.num_kv_heads if self.rotary_dim else 0
+        return OrderRows("heads", self.head_dim, self.rotary_dim, self.layout, turned)
 
     @property
     def states_at(self) -> int:
@@ -162,7 +169,8 @@ class BlockAppend(_Product):
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
         at = self.rest_at + self.bias
-        qkv = b.linear(*self.product_operands(b, values), *values[self.rest_at : at], bias=self.bias)
+        bias = (_natural(b, self, v) for v in values[self.rest_at : at])
+        qkv = b.linear(*self.product_operands(b, values), *bias, bias=self.bias)
         return appended(b, self, False, qkv, *values[at:])
 
     def cost(self, *types: TensorType) -> Cost:
@@ -207,6 +215,11 @@ class RoundedAppend(Op):
         return _append_of(self, self.scaled).cost(*types)
 
 
+def _natural(b: Emitter, op: BlockAppend, bias: Value) -> Value:
+    """A bias in the order of its weight's rows, back in its own."""
+    return b.one(replace(op.order, inverse=True), bias)
+
+
 def appended(b: Emitter, op: BlockAppend | RoundedAppend, scaled: bool, *values: Value) -> tuple[Value, ...]:
     """Queries, rounded as the op says, and the new states."""
     q, *states = b(_append_of(op, scaled), *values)
@@ -236,9 +249,9 @@ class BlockEmbedding(Op):
         return result
 
     @property
-    def order(self) -> str:
+    def order(self) -> OrderRows:
         """See `_Product`."""
-        return "natural"
+        return OrderRows("natural")
 
     def bytes_read(self, operands: Sequence[TensorType]) -> int:
         """Only the rows that are asked for."""

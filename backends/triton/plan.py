@@ -63,7 +63,7 @@ def plan_entry(name: str, graph: Graph, variants: Sequence[GpuVariant], longest:
         made = []
         for tokens in bucket_sizes(name, bounds["tokens"][1]):
             sizes = {n: min(tokens, bounds[n][1]) for n in ("sequences", "outputs")}
-            step = Step(variant, tokens, sizes["sequences"], sizes["outputs"], longest, block_size)
+            step = Step(variant, tokens, sizes["sequences"], sizes["outputs"], longest, block_size, name == "decode")
             made.append(Bucket(tokens, tuple(_launch(n, step, *costs[n]) for n in nodes)))
         buckets[variant.name] = tuple(made)
     launches = [launch for of in buckets.values() for bucket in of for launch in bucket.launches]

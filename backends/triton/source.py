@@ -16,8 +16,15 @@ POINTERS: dict[DType, str] = {
     DType.I32: "*i32",
     DType.I8: "*i8",
     DType.U8: "*u8",
+    DType.F8E4M3: "*u8",
 }
-"""Triton's types of pointers to elements of a dtype."""
+"""Triton's types of pointers to elements of a dtype; 8-bit floats are read as bytes."""
+
+COMPUTE: dict[DType, str] = {DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16"}
+"""Triton's names of the dtypes that products take."""
+
+PRECISION = {DType.F32: ', input_precision="ieee"', DType.F16: "", DType.BF16: ""}
+"""What a product is told, so that f32 is not rounded to 10 bits of mantissa."""
 
 
 @dataclass(frozen=True)

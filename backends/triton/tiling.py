@@ -14,6 +14,10 @@ LAUNCH = 1.5e-6
 """Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
 MATRIX_RATE = 1024.0
 """Products of 16-bit numbers that a multiprocessor adds up in a cycle; four times as many from Hopper on."""
+WARPS_TO_FILL = 3.0
+"""Warps that a scheduler needs to start an instruction in every cycle."""
+PASS = 80
+"""Instructions of each thread for a pass of the loop, whatever the tile."""
 RESERVED = 1024
 """Bytes of shared memory that the system keeps of each program's."""
 
@@ -22,8 +26,9 @@ RESERVED = 1024
 class Product:
     """A product as the model sees it: y [m, n] = x [m, k] · weight [n, k]ᵀ.
 
-    `bits`: of a weight, its scale counted; `item`: bytes of an element of x in shared memory; `code_bits`: of a weight
-    there; `span`: columns that share a scale, or 0.
+    `bits`: of a weight, its scale counted; `code_bits`: without; `span`: columns that share a scale, or 0; `item`:
+    bytes of what products take; `norm`: whether x is f32 and normalised on the way; `instructions`: that bring a weight
+    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, on the way.
     """
 
     n: int
@@ -34,6 +39,8 @@ class Product:
     span: int
     item: int
     norm: bool = False
+    instructions: float = 1.5
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,22 +89,23 @@ class Tiling:
         weight = self.block_n * self.block_k * product.code_bits // 8
         x = self.block_k * self.block_m * (4 if product.norm else product.item)
         rounded = self.block_k * self.block_m * product.item if product.norm else 0
-        return self.stages * (weight + x) + rounded + RESERVED
+        copies = self.block_n * self.block_k * product.item * product.copies
+        return self.stages * (weight + x) + rounded + copies + RESERVED
 
 
 def choose(product: Product, variant: GpuVariant) -> Tiling:
-    """The tiling with the least modelled time; of equals, the one with fewer programs and smaller tiles."""
+    """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight."""
     return candidates(product, variant)[0]
 
 
 def candidates(product: Product, variant: GpuVariant, most: int = 8) -> list[Tiling]:
     """The best tilings by the model, the best first: what `--tune` measures."""
     found = {t: seconds(product, t, variant) for t in _possible(product, variant)}
-    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, t.stages))[:most]
+    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, -t.stages))[:most]
 
 
 def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
-    """Modelled time: the slower of memory and matrix units, for the program that has most to do, and the launch."""
+    """Modelled time: the slowest of memory, matrix units and schedulers, all programs as busy as any; a launch."""
     per = tiling.per_program(product.n, product.k, product.m)
     resident = _resident(product, tiling, variant)
     at_once = min(tiling.programs, resident * variant.multiprocessors)
@@ -114,8 +122,13 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     # A unit of small tiles waits for its operands: half the rate at 64 rows and 64 tokens, most of it at 128 and 256.
     share = (tiling.block_n * wide) / (tiling.block_n * wide + 64 * 64)
     matrix = waves * per * tiling.block_n * wide * tiling.block_k * at_once / (rate * share)
+    # A warp waits for its own results, so that a scheduler with one warp starts an instruction every third cycle.
+    busy = min(1.0, at_once / variant.multiprocessors * tiling.warps / 4 / WARPS_TO_FILL)
+    weights = tiling.block_n * tiling.block_k
+    instructions = weights * product.instructions + PASS * 32 * tiling.warps
+    issue = waves * per * at_once * instructions / (variant.issue_rate * busy)
     split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
-    return max(memory, matrix) + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
+    return max(memory, matrix, issue) + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
 
 
 def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
@@ -124,9 +137,9 @@ def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     sizes_m = [min(widest, 64)] if few else [m for m in (64, 128, 256) if m <= widest]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
-            for block_k in (COLUMNS,) if few or product.span else (COLUMNS // 2, COLUMNS):
+            for block_k in (COLUMNS,) if few or product.copies else (COLUMNS // 2, COLUMNS):
                 for stages in (5, 4, 3, 2):
-                    warps = 8 if block_n * block_m >= 128 * 128 else 4
+                    warps = 8 if block_n * block_m >= 128 * 64 else 4
                     made = Tiling(block_n, block_m, block_k, 1, stages, warps)
                     if made.shared_bytes(product) > variant.shared_bytes or block_n * block_m > 128 * 256:
                         continue

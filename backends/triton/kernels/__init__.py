@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llmc.backends.base import KernelSpec
-from llmc.backends.triton.kernels import gather_rows
+from llmc.backends.triton.kernels import (
+    attention_decode,
+    attention_prefill,
+    elementwise,
+    embedding,
+    gather_rows,
+    linear,
+    norm,
+    rope_append,
+    rotary_table,
+    select_tokens,
+)
 from llmc.backends.triton.source import KernelSource, Maker
 from llmc.ir.target import GpuVariant
 
 MAKERS: Mapping[str, Maker] = {
+    "attention_decode": attention_decode.source,
+    "attention_prefill": attention_prefill.source,
+    "elementwise": elementwise.source,
+    "embedding": embedding.source,
     "gather_rows": gather_rows.source,
+    "linear": linear.source,
+    "norm": norm.source,
+    "rope_append": rope_append.source,
+    "rotary_table": rotary_table.source,
+    "select_tokens": select_tokens.source,
 }
 """By kind."""
 

@@ -12,8 +12,13 @@ BLOCK = 1024
 """Elements of a row that one program copies."""
 
 
+def gather_spec(width: int, dtype: DType) -> KernelSpec:
+    """Rows [outputs, width] of x [tokens, width]."""
+    return KernelSpec.of("gather_rows", width=width, dtype=dtype.value)
+
+
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """Parameters: `width`, and the values' `dtype`."""
+    """See `gather_spec`."""
     parameters = dict(spec.parameters)
     pointer = POINTERS[DType(parameters["dtype"])]
     return KernelSource(

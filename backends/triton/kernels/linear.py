@@ -7,15 +7,16 @@ from typing import Any
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
 from llmc.backends.triton.packing import ROWS, blocks_of
-from llmc.backends.triton.source import POINTERS, KernelSource
+from llmc.backends.triton.source import COMPUTE, POINTERS, PRECISION, KernelSource
 from llmc.backends.triton.tiling import Tiling
 from llmc.ir.errors import LlmcError
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
 
-NAMES = {DType.F32: "tl.float32", DType.F16: "tl.float16", DType.BF16: "tl.bfloat16"}
-"""Triton's names of what products compute in."""
+SMALL_GROUP = 64
+"""4-bit weights in smaller groups are scaled before the product. Counted for sm_90, tiles of 128 × 8: 4.6 instructions
+a weight, where a product for each group of 32 takes 5.9; for groups of 64 it is 3.7 without."""
 
 _DEFAULTS: dict[str, Any] = {
     "norm_eps": None,
@@ -92,10 +93,11 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         "triton/linear.py.jinja",
         name=spec.symbol,
         dequant=kind,
-        compute=NAMES[compute],
-        precision=', input_precision="ieee"' if compute is DType.F32 else "",
+        compute=COMPUTE[compute],
+        precision=PRECISION[compute],
         norm=p["norm_eps"] is not None,
         scaled=format is not None,
+        scale_weights=kind == "int4" and group < SMALL_GROUP and compute is not DType.F32,
         bias=p["bias"],
         epilogue=p["epilogue"],
         rotated=p["rotary_dim"] > 0,

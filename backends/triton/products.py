@@ -1,0 +1,58 @@
+"""From an op over a weight in blocks to its kernel and tiling."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llmc.backends.base import KernelSpec
+from llmc.backends.triton.kernels.linear import SMALL_GROUP, linear_spec
+from llmc.backends.triton.ops import BlockAppend, BlockGatedLinear, BlockLinear
+from llmc.backends.triton.tiling import Product, Tiling, choose
+from llmc.ir.quant import FORMATS
+from llmc.ir.target import GpuVariant
+from llmc.ir.types import DType
+
+_choose = cache(choose)
+
+INSTRUCTIONS = {"float": 0.8, "int4": 2.8, "small int4": 4.0, "int8": 4.6, "e4m3": 3.0}
+"""Of a thread for each weight, by how it is decoded, but for what a pass of the loop takes anyhow: counted in code for
+sm_90 (see benchmarks/NOTES.md)."""
+
+
+def product_kernel(
+    op: BlockLinear | BlockGatedLinear | BlockAppend,
+    x: DType,
+    weight: DType,
+    rows: int,
+    rows_dim: int,
+    variant: GpuVariant,
+    **options: Any,
+) -> tuple[KernelSpec, Tiling]:
+    """The kernel for up to `rows` rows of x, which `dims[rows_dim]` counts; `options` as in `linear_spec`."""
+    tiling = _choose(product_of(op, rows), variant)
+    norm = {"norm_eps": op.norm_eps, "out_dtype": op.dtype.value}
+    spec = linear_spec(op.rows, op.width, rows, rows_dim, op.format, weight, x, op.compute, tiling, **norm, **options)
+    return spec, tiling
+
+
+def product_of(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int) -> Product:
+    """What the model of tilings looks at."""
+    format = FORMATS.get(op.format)
+    item, norm = op.compute.itemsize, op.norm_eps is not None
+    if format is None:
+        return Product(op.rows, op.width, rows, 8.0 * item, 8 * item, 0, item, norm, INSTRUCTIONS["float"])
+    kind = "e4m3" if format.kind == "e4m3" else f"int{format.bits}"
+    small = kind == "int4" and format.group < SMALL_GROUP
+    return Product(
+        op.rows,
+        op.width,
+        rows,
+        format.bits_per_weight,
+        format.bits,
+        format.group,
+        item,
+        norm,
+        INSTRUCTIONS["small int4" if small else kind],
+        copies=2 if kind == "int8" and op.compute is DType.BF16 else 1,
+    )

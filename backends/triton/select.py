@@ -1,0 +1,273 @@
+"""Which kernel runs a node, on what grid: a table from op classes to kernel specifications and their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from llmc.backends.base import SYMBOLS, KernelSpec
+from llmc.backends.dynamic_rotary import DynamicRotaryTable
+from llmc.backends.triton.kernels import (
+    attention_decode,
+    attention_prefill,
+    elementwise,
+    embedding,
+    gather_rows,
+    norm,
+    rope_append,
+    rotary_table,
+    select_tokens,
+)
+from llmc.backends.triton.ops import (
+    BlockAppend,
+    BlockEmbedding,
+    BlockGatedLinear,
+    BlockLinear,
+    RoundedAppend,
+    RoundedNorm,
+    SelectTokens,
+)
+from llmc.backends.triton.packing import blocks_of
+from llmc.backends.triton.products import product_kernel
+from llmc.ir.op import Node, Op, Value
+from llmc.ir.ops.attention import PagedAttention
+from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Cast, Mul, MulScalar
+from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.rope import RotaryTable
+from llmc.ir.ops.shape import GatherRows
+from llmc.ir.target import GPU_VARIANTS, GpuVariant
+from llmc.ir.types import DType, TensorType, symbols_of
+
+_OpT = TypeVar("_OpT", bound=Op)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that kernels are chosen for: on which architecture, of how many tokens, sequences and rows of logits at
+    most; `decode` has one token for each sequence; contexts of `longest` tokens at most, in pages of `block_size`."""
+
+    variant: GpuVariant
+    tokens: int
+    sequences: int
+    outputs: int
+    longest: int
+    block_size: int
+    decode: bool
+
+    def rows(self, rows_dim: int) -> int:
+        """The most rows that `dims[rows_dim]` counts."""
+        return {"tokens": self.tokens, "outputs": self.outputs, "sequences": self.sequences}[SYMBOLS[rows_dim]]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A kernel, the values it is given in order, its grid, and what its programs share: see `plan.GpuLaunch`."""
+
+    spec: KernelSpec
+    arguments: tuple[Value, ...]
+    grid: tuple[int, int, int]
+    workspace: int = 0
+    tickets: int = 0
+
+
+_Choose = Callable[[Any, Node, Step], Selected | None]
+_TABLE: dict[type[Op], _Choose] = {}
+
+ANY = Step(GPU_VARIANTS["sm_90"], 1, 1, 1, 1, 16, decode=True)
+"""A step for questions whose answer is the same for all."""
+
+
+def has_kernel(node: Node) -> bool:
+    """Whether `select` finds one."""
+    return select(node, ANY) is not None
+
+
+def arguments(node: Node) -> tuple[Value, ...] | None:
+    """The values that a node's kernel is given, but for what programs share; None for a node without a kernel."""
+    chosen = select(node, ANY)
+    return None if chosen is None else chosen.arguments
+
+
+def select(node: Node, step: Step) -> Selected | None:
+    """The kernel for a node in a step, or None."""
+    choose = _TABLE.get(type(node.op))
+    return choose(node.op, node, step) if choose else None
+
+
+def _kernel(kind: type[_OpT]) -> Callable[[Callable[[_OpT, Node, Step], Selected | None]], _Choose]:
+    def register(choose: Callable[[_OpT, Node, Step], Selected | None]) -> _Choose:
+        _TABLE[kind] = choose
+        return choose
+
+    return register
+
+
+def rows_dim(type: TensorType) -> int:
+    """Which entry of `dims` counts the rows of a [rows, width] value."""
+    names = {s.name for s in symbols_of(type.shape[0])}
+    assert len(names) == 1, f"rows of {type} are not one symbol"
+    return SYMBOLS.index(names.pop())
+
+
+def _width(type: TensorType) -> int:
+    width = type.shape[-1]
+    assert isinstance(width, int)
+    return width
+
+
+def _each_row(spec: KernelSpec, node: Node, rows: int, columns: int = 1) -> Selected:
+    return Selected(spec, (*node.inputs, *node.results), (rows, columns, 1))
+
+
+@_kernel(Embedding)
+def _embedding(op: Embedding, node: Node, step: Step) -> Selected | None:
+    table = node.inputs[1].type
+    if op.dtype is not DType.F32 or table.rank != 2:
+        return None
+    rows, width = table.concrete({})
+    spec = embedding.embedding_spec(rows, width, table.dtype, blocks=False)
+    return _each_row(spec, node, step.tokens, blocks_of(width, embedding.BLOCK))
+
+
+@_kernel(BlockEmbedding)
+def _block_embedding(op: BlockEmbedding, node: Node, step: Step) -> Selected:
+    spec = embedding.embedding_spec(op.rows, op.width, node.inputs[1].type.dtype, blocks=True, format=op.format)
+    return _each_row(spec, node, step.tokens, blocks_of(op.width, embedding.BLOCK))
+
+
+@_kernel(RoundedNorm)
+def _norm(op: RoundedNorm, node: Node, step: Step) -> Selected:
+    x = node.inputs[0].type
+    spec = norm.norm_spec(_width(x), op.eps, op.centred, op.dtype, rows_dim(x))
+    return _each_row(spec, node, step.rows(rows_dim(x)))
+
+
+@_kernel(RotaryTable)
+def _rotary_table(op: RotaryTable, node: Node, step: Step) -> Selected | None:
+    frequencies = node.inputs[1].type
+    if frequencies.rank != 1:
+        return None
+    return _each_row(rotary_table.table_spec(_width(frequencies), op.scaling), node, step.tokens)
+
+
+@_kernel(DynamicRotaryTable)
+def _dynamic_table(op: DynamicRotaryTable, node: Node, step: Step) -> Selected:
+    spec = rotary_table.dynamic_table_spec(op.rotary_dim // 2, op.scaling, op.base, op.factor, op.max_positions)
+    return _each_row(spec, node, step.tokens)
+
+
+@_kernel(BlockLinear)
+def _linear(op: BlockLinear, node: Node, step: Step) -> Selected:
+    epilogue = {"epilogue": "residual" if op.residual else "store", "bias": op.bias, "activation": op.activation}
+    return _product(op, node, step, (*node.inputs, *node.results), **epilogue)
+
+
+@_kernel(BlockGatedLinear)
+def _gated_linear(op: BlockGatedLinear, node: Node, step: Step) -> Selected:
+    return _product(op, node, step, (*node.inputs, *node.results), epilogue="gated", activation=op.activation)
+
+
+@_kernel(BlockAppend)
+def _append(op: BlockAppend, node: Node, step: Step) -> Selected:
+    heads = {n: getattr(op, n) for n in ("num_heads", "num_kv_heads", "head_dim", "rotary_dim", "layout")}
+    state = node.inputs[op.states_at].type
+    pages = {"block_size": _width(state), "state_dtype": state.dtype.value}
+    given = (*node.inputs, node.results[0])
+    return _product(op, node, step, given, epilogue="append", bias=op.bias, **heads, **pages)
+
+
+def _product(
+    op: BlockLinear | BlockGatedLinear | BlockAppend, node: Node, step: Step, given: tuple[Value, ...], **epilogue: Any
+) -> Selected:
+    x = node.inputs[0].type
+    dim = rows_dim(x)
+    weight = node.inputs[op.weight_at].type.dtype
+    spec, tiling = product_kernel(op, x.dtype, weight, step.rows(dim), dim, step.variant, **epilogue)
+    m = step.rows(dim)
+    workspace = tiling.workspace_bytes(op.rows, op.width, m)
+    return Selected(spec, given, (tiling.programs, 1, 1), workspace, tiling.tiles(op.rows, m))
+
+
+@_kernel(RoundedAppend)
+def _rounded_append(op: RoundedAppend, node: Node, step: Step) -> Selected:
+    state = node.inputs[4 if op.rotary_dim else 2].type
+    heads = (op.num_heads, op.num_kv_heads, op.head_dim, op.rotary_dim, op.layout)
+    spec = rope_append.append_spec(*heads, op.dtype, state.dtype, _width(state))
+    return Selected(spec, (*node.inputs, node.results[0]), (step.tokens, op.num_heads + 2 * op.num_kv_heads, 1))
+
+
+@_kernel(PagedAttention)
+def _attention(op: PagedAttention, node: Node, step: Step) -> Selected:
+    q, key = node.inputs[0].type, node.inputs[1].type
+    size = _width(key)
+    if not step.decode:
+        spec = attention_prefill.prefill_spec(op, q.dtype, key.dtype, size, step.tokens, step.sequences)
+        tiles = attention_prefill.tiles(spec, step.tokens, step.sequences)
+        return Selected(spec, (*node.inputs, *node.results), (tiles, op.num_kv_heads, 1))
+    count = attention_decode.splits(step.tokens, op.num_kv_heads, op.window or step.longest, step.variant)
+    spec = attention_decode.decode_spec(op, q.dtype, key.dtype, size, count)
+    query_start = 4 if op.scaled else 2
+    given = [v for i, v in enumerate(node.inputs) if i != 2 + query_start]
+    return Selected(
+        spec,
+        (*given, *node.results),
+        (step.tokens, op.num_kv_heads, count),
+        attention_decode.workspace_bytes(spec, step.tokens),
+        step.tokens * op.num_kv_heads,
+    )
+
+
+@_kernel(GatherRows)
+def _gather_rows(op: GatherRows, node: Node, step: Step) -> Selected | None:
+    x = node.inputs[0].type
+    if x.rank != 2 or not x.dtype.is_float:
+        return None
+    columns = blocks_of(_width(x), gather_rows.BLOCK)
+    return _each_row(gather_rows.gather_spec(_width(x), x.dtype), node, step.outputs, columns)
+
+
+@_kernel(SelectTokens)
+def _select_tokens(op: SelectTokens, node: Node, step: Step) -> Selected:
+    return _each_row(select_tokens.select_spec(_width(node.inputs[0].type)), node, step.outputs)
+
+
+@_kernel(Add)
+def _add(op: Add, node: Node, step: Step) -> Selected | None:
+    return _elementwise("add", node, step)
+
+
+@_kernel(Mul)
+def _multiply(op: Mul, node: Node, step: Step) -> Selected | None:
+    return _elementwise("multiply", node, step)
+
+
+@_kernel(MulScalar)
+def _scale(op: MulScalar, node: Node, step: Step) -> Selected | None:
+    return _elementwise("none", node, step, op.value)
+
+
+@_kernel(Cast)
+def _cast(op: Cast, node: Node, step: Step) -> Selected | None:
+    return _elementwise("none", node, step)
+
+
+def _activation(name: str) -> _Choose:
+    return lambda op, node, step: _elementwise(name, node, step)
+
+
+for _name, _kind in ACTIVATIONS.items():
+    _TABLE[_kind] = _activation(_name)
+
+
+def _elementwise(operation: str, node: Node, step: Step, factor: float = 1.0) -> Selected | None:
+    """Rows of one shape: what broadcasts has no kernel."""
+    type = node.types[0]
+    if type.rank != 2 or not symbols_of(type.shape[0]) or any(v.type.shape != type.shape for v in node.inputs):
+        return None
+    dtypes = tuple(v.type.dtype for v in node.inputs)
+    if any(d not in (DType.F32, DType.F16, DType.BF16) for d in (*dtypes, type.dtype)):
+        return None
+    dim = rows_dim(type)
+    spec = elementwise.elementwise_spec(operation, _width(type), dtypes, type.dtype, dim, factor)
+    return _each_row(spec, node, step.rows(dim), blocks_of(_width(type), elementwise.BLOCK))
