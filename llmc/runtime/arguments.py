@@ -86,9 +86,9 @@ def flag(name: str, given: Any) -> bool:
 
 
 def token_id_list(given: Any, vocab_size: int) -> list[int]:
-    """A non-empty list (tuple, one-dimensional integer array) of token ids in range, as plain integers."""
-    if isinstance(given, np.ndarray):
-        given = given.tolist() if given.ndim == 1 else [given]
+    """A non-empty list (tuple, one-dimensional integer array or tensor) of token ids in range, as plain integers."""
+    if hasattr(given, "tolist"):
+        given = given.tolist() if getattr(given, "ndim", 1) == 1 else [given]
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise ValueError(f"token ids: given {_show(given)}, expected a list of integers")
     if len(given) == 0:
@@ -100,11 +100,11 @@ def split_prompts(given: Any) -> tuple[list[Prompt], bool]:
     """The prompts of a call, and whether it was a single one: text, a list of ids, or a list of one of the two."""
     if isinstance(given, str):
         return [given], True
-    if isinstance(given, np.ndarray):
+    if hasattr(given, "tolist"):  # an array of numpy, a tensor of torch
         given = given.tolist()
     if isinstance(given, bytes) or not isinstance(given, Sequence):
         raise ValueError(f"prompt: given {_show(given)}, expected text, a list of token ids, or a list of prompts")
-    items = [item.tolist() if isinstance(item, np.ndarray) else item for item in given]
+    items = [item.tolist() if hasattr(item, "tolist") else item for item in given]
     if not items:
         raise ValueError("prompt: given an empty list, expected text, token ids, or a list of prompts")
     nested = [not isinstance(item, str | bytes) and isinstance(item, Sequence) for item in items]

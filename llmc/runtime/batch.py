@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from threading import RLock
@@ -18,14 +18,21 @@ from .timings import Profile
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
+SAMPLING_WORDS = 8
+"""The int32 words of a row of `Batch.sampling`."""
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """New tokens of one sequence in a step, i32[n], n > 0; of the last `outputs` of them logits are wanted."""
+    """New tokens of one sequence in a step, i32[n], n > 0; of the last `outputs` of them logits are wanted.
+
+    `sampling`: how the device draws the token after each output, see `sampler.sampling_row`; None: the first maximum.
+    """
 
     table: BlockTable
     token_ids: Int32
     outputs: int
+    sampling: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Batch:
     `query_start`: [sequences + 1]; sequence s owns the tokens query_start[s]..query_start[s + 1].
     `block_tables`: [sequences, max_blocks]; entries past a sequence's length are arbitrary.
     `logit_rows`: [outputs], which tokens' logits are wanted.
+    `sampling`: [outputs, 8], how a device that samples draws the next token; None: the first maximum.
     """
 
     token_ids: Int32
@@ -45,6 +53,7 @@ class Batch:
     query_start: Int32
     block_tables: Int32
     logit_rows: Int32
+    sampling: Int32 | None = None
 
     @property
     def dims(self) -> tuple[int, int, int, int]:
@@ -53,23 +62,36 @@ class Batch:
         return len(self.token_ids), sequences, max_blocks, len(self.logit_rows)
 
 
-@dataclass(frozen=True)
 class StepOutput:
     """`logits` f32[outputs, vocab] and `greedy` i32[outputs], the first maximum of each row.
 
-    What an executor returns are views of its own memory, valid until its next step.
+    `chosen` i32[outputs] are the tokens drawn as the batch's `sampling` says, None where the executor does not sample.
+    What an executor returns are views of its own memory, valid until its next step. `logits` may be given as a
+    function: then they are fetched when somebody reads them for the first time, which must be before the next step.
     """
 
-    logits: Float32
-    greedy: Int32
+    __slots__ = ("_logits", "chosen", "greedy")
+
+    def __init__(self, logits: Float32 | Callable[[], Float32], greedy: Int32, chosen: Int32 | None = None) -> None:
+        self._logits = logits
+        self.greedy = greedy
+        self.chosen = chosen
+
+    @property
+    def logits(self) -> Float32:
+        """The rows of logits, f32[outputs, vocab]."""
+        if callable(self._logits):
+            self._logits = self._logits()
+        return self._logits
 
     def copy(self) -> StepOutput:
         """The same values in memory of their own."""
-        return StepOutput(self.logits.copy(), self.greedy.copy())
+        return StepOutput(self.logits.copy(), self.greedy.copy(), None if self.chosen is None else self.chosen.copy())
 
     def rows(self, start: int, stop: int) -> StepOutput:
         """A range of rows, as views."""
-        return StepOutput(self.logits[start:stop], self.greedy[start:stop])
+        logits = (lambda: self.logits[start:stop]) if callable(self._logits) else self._logits[start:stop]
+        return StepOutput(logits, self.greedy[start:stop], None if self.chosen is None else self.chosen[start:stop])
 
 
 class Executor(Protocol):
@@ -82,6 +104,8 @@ class Executor(Protocol):
     vocab_size: int
     entry_tokens: Mapping[str, tuple[int, int]]
     """The least and the most tokens that each entry point takes, inclusive."""
+    samples_on_device: bool
+    """Whether its steps draw the next tokens: `StepOutput.chosen`, by `Batch.sampling`."""
 
     def step(self, entry: str, batch: Batch, profile: Profile | None = None) -> StepOutput:
         """Append the batch's tokens and compute the wanted logits."""
@@ -113,4 +137,13 @@ def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
         rows += range(stop - chunk.outputs, stop)
     token_ids = chunks[0].token_ids if len(chunks) == 1 else np.concatenate([chunk.token_ids for chunk in chunks])
     query_start, logit_rows = np.array(starts, np.int32), np.array(rows, np.int32)
-    return Batch(token_ids, positions, slot_mapping, query_start, block_tables, logit_rows)
+    return Batch(token_ids, positions, slot_mapping, query_start, block_tables, logit_rows, _sampling(chunks))
+
+
+def _sampling(chunks: Sequence[Chunk]) -> Int32 | None:
+    """The rows that say how to draw, i32[outputs, 8]; zeros for the first maximum."""
+    if all(chunk.sampling is None for chunk in chunks):
+        return None
+    return np.array(
+        [chunk.sampling or (0,) * SAMPLING_WORDS for chunk in chunks for _ in range(chunk.outputs)], np.int32
+    )

@@ -59,6 +59,7 @@ class NativeExecutor:
     ) -> None:
         self.lock = RLock()
         self.limits = plan.limits
+        self.samples_on_device = False
         self.block_size = plan.block_size
         self.vocab_size = vocab_size
         self.entry_tokens: Mapping[str, tuple[int, int]] = {name: entry.tokens for name, entry in plan.entries.items()}

@@ -14,7 +14,7 @@ from .batch import Chunk, Int32, StepOutput
 from .completion import Completion, Piece
 from .engine import Engine, as_token_array
 from .errors import ModelError
-from .sampler import next_token
+from .sampler import next_token, sampling_row
 from .sequence import Sequence
 from .stopping import StopStrings
 from .timings import Profile, Timings
@@ -89,6 +89,8 @@ class Generation:
         self.seed = seed
         self.timings = Timings()
         self._profile = Profile() if profile else None
+        # A device that samples knows no repetition penalty.
+        self._draws_here = not engine.executor.samples_on_device or options.repetition_penalty != 1.0
         self._end_ids = options.stop_token_ids | (frozenset() if options.ignore_eos else frozenset(eos_token_ids))
         copies: Counter[tuple[int, ...]] = Counter()
         self.requests = []
@@ -120,7 +122,8 @@ class Generation:
             tokens, outputs = request.next_chunk(left)
             assert request.sequence is not None
             request.sequence.begin(tokens)
-            chunks.append(Chunk(request.sequence.table, tokens, outputs))
+            sampling = self._sampling(request, len(tokens)) if outputs else None
+            chunks.append(Chunk(request.sequence.table, tokens, outputs, sampling))
             taken.append(request)
             left -= len(tokens)
         started = time.perf_counter()
@@ -168,13 +171,28 @@ class Generation:
             self._running.append(request)
             self._waiting.popleft()
 
+    def _sampling(self, request: _Request, tokens: int) -> tuple[int, ...] | None:
+        """How the device is to draw the token after the next `tokens` tokens; None where it takes the first maximum."""
+        if self._draws_here or self.options.greedy:
+            return None
+        return sampling_row(self.options, self.seed, request.draw_key, request.length + tokens)
+
+    def _choose(self, request: _Request, row: StepOutput) -> int:
+        """The next token of a request, whose row of logits this is."""
+        options = self.options
+        if not self._draws_here and row.chosen is not None:
+            token = int(row.chosen[0])
+            if not 0 <= token < self.engine.executor.vocab_size:
+                raise ModelError("the logits are not finite: the model's arithmetic overflowed on this prompt")
+            return token
+        if options.plain:  # nobody needs the logits, which may be far away
+            return int(row.greedy[0])
+        seen = np.fromiter(request.seen, np.intp) if options.repetition_penalty != 1.0 else None
+        return next_token(row.logits[0], int(row.greedy[0]), options, seen, self.seed, request.draw_key, request.length)
+
     def _take(self, request: _Request, row: StepOutput) -> Event:
         """Choose the next token of a request from its row of logits, and see whether it is the last."""
-        options = self.options
-        seen = np.fromiter(request.seen, np.intp) if options.repetition_penalty != 1.0 else None
-        token = next_token(
-            row.logits[0], int(row.greedy[0]), options, seen, self.seed, request.draw_key, request.length
-        )
+        token = self._choose(request, row)
         request.generated.append(token)
         request.seen.add(token)
         ended = token in self._end_ids

@@ -8,7 +8,8 @@ from typing import Any
 
 from .arguments import flag, integer
 from .chat import ChatTemplate, special_tokens, template_source
-from .document import read_document
+from .cuda_load import load_cuda, wanted_ordinal
+from .document import Field, read_document
 from .errors import ModelError
 from .executor import NativeExecutor
 from .manifest import Manifest, read_manifest
@@ -31,13 +32,16 @@ def load_model(
     """Load the package in `folder`.
 
     `threads`: how many, None for as many as this process may use. `device`: None or `cpu`; `cpu:VARIANT` forces one of
-    the package's variants. `huge_pages`: copy the weights into memory with huge pages instead of mapping their file.
-    `check`: hash the weights too; the other files are always hashed. Raises `ModelError` for a package that is damaged
-    or made for another machine, `ValueError` for a bad argument.
+    the package's variants; for a package that runs on GPUs `cuda:N`, None and `cuda` being the first.
+    `huge_pages`: copy the weights into memory with huge pages instead of mapping their file. `check`: hash the weights
+    too; the other files are always hashed. Raises `ModelError` for a package that is damaged or made for another
+    machine, `ValueError` for a bad argument.
     """
     threads = 0 if threads is None else integer("threads", threads, 1, _MAX_THREADS, or_none=True)
     huge_pages, check = flag("huge_pages", huge_pages), flag("check", check)
     manifest = read_manifest(folder)
+    if manifest.target == "cuda":
+        return _load_on_gpu(manifest, wanted_ordinal(device), threads, huge_pages, check)
     wanted = _wanted_variant(device, manifest)
     check_machine(manifest, os.uname().machine, this_libc())
     variant = choose_variant(manifest.variants, this_processor(), wanted)
@@ -45,7 +49,7 @@ def load_model(
     weights_bytes = manifest.files[variant.weights].bytes
     plan = read_plan(manifest.path("plan.json"), weights_bytes)
     tokenizer, template = _text_side(manifest)
-    checks = read_document(manifest.path("checks.json")) if manifest.has("checks.json") else None
+    checks = _checks(manifest)
     library = NativeLibrary(manifest.path(variant.kernels), threads)
     longest = manifest.model.max_sequence_length
     executor = NativeExecutor(
@@ -62,10 +66,27 @@ def load_model(
     return Model(executor, manifest.model, tokenizer, template, checks, info)
 
 
+def _load_on_gpu(manifest: Manifest, ordinal: int, threads: int, huge_pages: bool, check: bool) -> Model:
+    for name, given in (("threads", threads), ("huge_pages", huge_pages)):
+        if given:
+            raise ValueError(f"{name}: given {given}, expected nothing: the package {manifest.name!r} runs on a GPU")
+    check_machine(manifest, os.uname().machine, this_libc())
+    manifest.check_files(weights=check)
+    tokenizer, template = _text_side(manifest)
+    checks = _checks(manifest)
+    executor, loaded = load_cuda(manifest, ordinal)
+    info: dict[str, Any] = {**manifest.raw, "kernels": list(executor.plan.kernels), "loaded": loaded}
+    return Model(executor, manifest.model, tokenizer, template, checks, info)
+
+
+def _checks(manifest: Manifest) -> Field | None:
+    return read_document(manifest.path("checks.json")) if manifest.has("checks.json") else None
+
+
 def _wanted_variant(device: Any, manifest: Manifest) -> str | None:
     if manifest.target != "cpu":
         raise ModelError(
-            f"the package {manifest.name!r} is for {manifest.target!r}; this runtime runs packages for 'cpu'"
+            f"the package {manifest.name!r} is for {manifest.target!r}; this runtime runs packages for 'cpu' and 'cuda'"
         )
     if device is None or device == "cpu":
         return None

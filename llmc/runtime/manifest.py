@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ Version 2 has private buffers and `each` launches in plan.json."""
 _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 30
 _MAX_COUNT = 1 << 62
+_MAX_CAPABILITY = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,24 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Variant:
-    """Kernels for one level of a processor: files by name, and the features that the machine must have."""
+    """Kernels for one level of a processor or one architecture of GPUs: files by name, and what the machine must have.
+
+    For a GPU `requires` is empty, `resources` says how to launch the kernels, and `capability` is what they are for.
+    """
 
     name: str
     kernels: str
     weights: str
     requires: tuple[str, ...]
+    plan: str = "plan.json"
+    resources: str | None = None
+    capability: tuple[int, int] | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it is made of."""
+        own = (self.kernels, self.weights)
+        return own if self.resources is None else (*own, self.plan, self.resources)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Manifest:
     glibc: tuple[int, ...] | None
     files: Mapping[str, FileEntry]
     raw: Mapping[str, Any]
+    launcher: str | None = None
 
     def path(self, name: str) -> Path:
         """A listed file of the package; raises `ModelError` for one that the manifest does not list."""
@@ -105,13 +119,16 @@ def read_manifest(folder: Path) -> Manifest:
     files = {
         name: _file_entry(Field(name, field.place), field) for name, field in document.key("files").members().items()
     }
-    variants = tuple(map(_variant, target.key("variants").items()))
-    for variant in variants:
-        for name in (variant.kernels, variant.weights):
-            if name not in files:
-                raise ModelError(
-                    f"{target.place}: variant {variant.name!r} needs {name!r}, which 'files' does not list"
-                )
+    kind, launcher = target.key("kind").text(), target.optional("launcher")
+    variants = tuple(
+        _variant(item) if kind != "cuda" else _cuda_variant(item) for item in target.key("variants").items()
+    )
+    needed = [(f"variant {variant.name!r}", name) for variant in variants for name in variant.files]
+    if launcher:
+        needed.append(("the launcher", launcher.file_name()))
+    for what, name in needed:
+        if name not in files:
+            raise ModelError(f"{target.place}: {what} needs {name!r}, which 'files' does not list")
     requires = document.optional("requires")
     glibc = requires.optional("glibc") if requires else None
     machine = target.optional("machine")
@@ -119,9 +136,10 @@ def read_manifest(folder: Path) -> Manifest:
         folder=folder,
         name=document.key("name").text(),
         model=_model(model),
-        target=target.key("kind").text(),
+        target=kind,
         machine=machine.text(64) if machine else None,
         variants=variants,
+        launcher=launcher.file_name() if launcher else None,
         glibc=_version(glibc) if glibc else None,
         files=files,
         raw=document.object(),
@@ -164,6 +182,16 @@ def _variant(field: Field) -> Variant:
         kernels=field.key("kernels").file_name(),
         weights=field.key("weights").file_name(),
         requires=tuple(item.text(64) for item in field.key("requires").items()),
+    )
+
+
+def _cuda_variant(field: Field) -> Variant:
+    major, minor = (item.integer(0, _MAX_CAPABILITY) for item in field.key("capability").items(2))
+    return replace(
+        _variant(field),
+        plan=field.key("plan").file_name(),
+        resources=field.key("resources").file_name(),
+        capability=(major, minor),
     )
 
 

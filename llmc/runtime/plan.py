@@ -18,8 +18,8 @@ SYMBOLS = ("tokens", "sequences", "max_blocks", "outputs")
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "u32": 4, "i16": 2, "u16": 2, "i8": 1, "u8": 1, "f8e4m3": 1}
 ALIGNMENT = 64
-_MAX_BYTES = 1 << 46
-_MAX_COUNT = 1 << 20
+MAX_BYTES = 1 << 46
+MAX_COUNT = 1 << 20
 _MAX_COST = 1 << 62
 
 
@@ -49,7 +49,7 @@ class StateSpec:
 @dataclass(frozen=True)
 class Buffer:
     """What a kernel's argument points to: a place in the arena, in a task's private memory or in the weights, a state,
-    an input or an output."""
+    an input or an output; on a GPU also the workspace, the tickets or `dims`."""
 
     kind: str
     name: str = ""
@@ -114,28 +114,59 @@ def read_plan(path: Path, weights_bytes: int) -> Plan:
 
 def parse_plan(document: Field, weights_bytes: int) -> Plan:
     """Validate a plan; see `read_plan`."""
-    symbols = document.key("symbols")
+    head = parse_head(document)
+    private, tokens = document.optional("private_bytes"), document.optional("each_tokens")
+    private_bytes = private.integer(0, MAX_BYTES) if private else 0
+    each_tokens = tokens.integer(0, MAX_COUNT) if tokens else 0
+    sizes = {"arena": head.arena_bytes, "private": private_bytes, "param": weights_bytes}
+    buffers = tuple(parse_buffer(field, sizes, len(head.states)) for field in document.key("buffers").items())
+    kernels = tuple(field.text(256) for field in document.key("kernels").items())
+    entries = {
+        name: _entry(name, field, head.limits, len(kernels), buffers) for name, field in parse_entries(document).items()
+    }
+    return Plan(
+        head.block_size,
+        head.arena_bytes,
+        private_bytes,
+        each_tokens,
+        head.limits,
+        head.states,
+        buffers,
+        kernels,
+        entries,
+    )
+
+
+@dataclass(frozen=True)
+class PlanHead:
+    """What plans for all kinds of devices begin with."""
+
+    block_size: int
+    arena_bytes: int
+    limits: Limits
+    states: tuple[StateSpec, ...]
+
+
+def parse_head(document: Field) -> PlanHead:
+    """Validate what plans for all kinds of devices begin with."""
+    symbols, limits = document.key("symbols"), document.key("limits")
     if symbols.value != list(SYMBOLS):
         symbols.fail(f"{list(SYMBOLS)}")
-    limits = document.key("limits")
-    arena_bytes = document.key("arena_bytes").integer(0, _MAX_BYTES)
-    states = tuple(map(_state, document.key("states").items()))
-    private, tokens = document.optional("private_bytes"), document.optional("each_tokens")
-    private_bytes = private.integer(0, _MAX_BYTES) if private else 0
-    each_tokens = tokens.integer(0, _MAX_COUNT) if tokens else 0
-    sizes = {"arena": arena_bytes, "private": private_bytes, "param": weights_bytes}
-    buffers = tuple(_buffer(field, sizes, len(states)) for field in document.key("buffers").items())
-    kernels = tuple(field.text(256) for field in document.key("kernels").items())
-    largest = Limits(**{name: limits.key(name).integer(1, _MAX_COUNT) for name in ("tokens", "sequences", "outputs")})
-    entries = {
-        name: _entry(name, field, largest, len(kernels), buffers)
-        for name, field in document.key("entries").members().items()
-    }
+    return PlanHead(
+        document.key("block_size").integer(1, 1 << 16),
+        document.key("arena_bytes").integer(0, MAX_BYTES),
+        Limits(**{name: limits.key(name).integer(1, MAX_COUNT) for name in ("tokens", "sequences", "outputs")}),
+        tuple(map(_state, document.key("states").items())),
+    )
+
+
+def parse_entries(document: Field) -> dict[str, Field]:
+    """The entry points by name; `decode` and `prefill` are among them."""
+    entries = document.key("entries").members()
     for name in ("decode", "prefill"):
         if name not in entries:
             document.key("entries").fail(f"an entry point {name!r}")
-    block_size = document.key("block_size").integer(1, 1 << 16)
-    return Plan(block_size, arena_bytes, private_bytes, each_tokens, largest, states, buffers, kernels, entries)
+    return entries
 
 
 def _state(field: Field) -> StateSpec:
@@ -150,8 +181,19 @@ def _state(field: Field) -> StateSpec:
     return StateSpec(field.key("name").text(), dtype, shape)
 
 
-def _buffer(field: Field, sizes: Mapping[str, int], states: int) -> Buffer:
+def parse_buffer(
+    field: Field,
+    sizes: Mapping[str, int],
+    states: int,
+    inputs: Sequence[str] = INPUTS,
+    outputs: Sequence[str] = OUTPUTS,
+    whole: Sequence[str] = (),
+) -> Buffer:
+    """A buffer that lies inside what it is a part of. `sizes`: the bytes of regions that have parts; `whole`: the kinds
+    that are regions on their own."""
     kind = field.key("kind").text(16)
+    if kind in whole:
+        return Buffer(kind)
     if kind in sizes:
         offset = field.key("offset").integer(0, sizes[kind])
         if offset % ALIGNMENT:
@@ -160,9 +202,9 @@ def _buffer(field: Field, sizes: Mapping[str, int], states: int) -> Buffer:
         return Buffer(kind, name, offset, field.key("bytes").integer(0, sizes[kind] - offset))
     if kind == "state":
         return Buffer(kind, index=field.key("index").integer(0, states - 1))
-    known = {"input": INPUTS, "output": OUTPUTS}
+    known = {"input": inputs, "output": outputs}
     if kind not in known:
-        field.key("kind").fail(f"one of {[*sizes, 'state', *known]}")
+        field.key("kind").fail(f"one of {[*sizes, 'state', *known, *whole]}")
     if field.key("name").value not in known[kind]:
         field.key("name").fail(f"one of {list(known[kind])}")
     return Buffer(kind, field.key("name").value)
@@ -176,12 +218,7 @@ def _entry(name: str, field: Field, limits: Limits, kernels: int, buffers: tuple
     for output in OUTPUTS:
         if output not in written:
             field.key("launches").fail(f"a launch that writes the output {output!r}")
-    tokens = _bounds(field.key("tokens"), limits.tokens)
-    optional = {
-        key: _bounds(given, most) if (given := field.optional(key)) else (1, most)
-        for key, most in (("sequences", limits.sequences), ("outputs", limits.outputs))
-    }
-    return Entry(name, tokens, optional["sequences"], optional["outputs"], launches)
+    return Entry(name, *parse_bounds(field, limits), launches)
 
 
 def _check_each(items: Sequence[Field], launches: Sequence[Launch], buffers: tuple[Buffer, ...]) -> None:
@@ -199,6 +236,16 @@ def _check_each(items: Sequence[Field], launches: Sequence[Launch], buffers: tup
         filled |= private
 
 
+def parse_bounds(field: Field, limits: Limits) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """The bounds of an entry's tokens, sequences and outputs; of the latter two those of the plan where it has none."""
+    sequences, outputs = field.optional("sequences"), field.optional("outputs")
+    return (
+        _bounds(field.key("tokens"), limits.tokens),
+        _bounds(sequences, limits.sequences) if sequences else (1, limits.sequences),
+        _bounds(outputs, limits.outputs) if outputs else (1, limits.outputs),
+    )
+
+
 def _bounds(field: Field, most: int) -> tuple[int, int]:
     least_field, most_field = field.items(2)
     least = least_field.integer(1, most)
@@ -213,11 +260,12 @@ def _launch(field: Field, kernels: int, buffers: int) -> Launch:
         barrier=field.key("barrier").boolean(),
         each=each.boolean() if each else False,
         node=field.key("node").text(),
-        flops=_cost(field.key("flops")),
-        bytes=_cost(field.key("bytes")),
+        flops=parse_cost(field.key("flops")),
+        bytes=parse_cost(field.key("bytes")),
     )
 
 
-def _cost(field: Field) -> tuple[int, int, int]:
+def parse_cost(field: Field) -> tuple[int, int, int]:
+    """Operations or bytes: fixed, for each token, for each token of context."""
     fixed, token, context = (item.integer(-_MAX_COST, _MAX_COST) for item in field.items(3))
     return fixed, token, context

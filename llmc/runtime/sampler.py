@@ -17,6 +17,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
@@ -90,6 +91,21 @@ def draw(tokens: NDArray[np.intp], probabilities: NDArray[np.float64], uniform: 
     cumulated = np.cumsum(probabilities)
     place = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
     return int(tokens[min(place, int(np.flatnonzero(probabilities)[-1]))])
+
+
+def sampling_row(options: GenerationOptions, seed: int, sequence: int, position: int) -> tuple[int, ...]:
+    """How a device is to draw the token at `position`, as eight int32; the same draw as `next_token`'s.
+
+    (temperature as the bits of a float32, 0.0 being greedy; top_k, 0 being off; top_p, bits, 1.0 being off; min_p,
+    bits, 0.0 being off; the seed's low and high words; the sequence's key; the position). No repetition penalty.
+    """
+    # What is above 0 stays above 0: float32 has fewer small numbers.
+    temperature = 0.0 if options.greedy else min(max(options.temperature, _TINY), _HUGE)
+    top_p = 1.0 if options.top_p is None else max(options.top_p, _TINY)
+    numbers = np.array([temperature, top_p, options.min_p or 0.0], np.float32).view(np.int32).tolist()
+    seeds = np.array([seed & _MASK, seed >> 32, sequence & _MASK], np.uint32).view(np.int32).tolist()
+    top_k = min(options.top_k or 0, (1 << 31) - 1)
+    return (numbers[0], top_k, *numbers[1:], *seeds, position)
 
 
 def next_token(

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import Entry
+
+class TimedLaunch(Protocol):
+    """A launch with its costs; `plan.Launch` and `cuda_plan.CudaLaunch` are such."""
+
+    @property
+    def kernel(self) -> int:
+        """The number of its kernel."""
+
+    @property
+    def node(self) -> str:
+        """The node of the graph that it computes."""
+
+    @property
+    def flops(self) -> tuple[int, int, int]:
+        """Operations: fixed, for each token, for each token of context."""
+
+    @property
+    def bytes(self) -> tuple[int, int, int]:
+        """Bytes moved, likewise."""
+
+
+class TimedEntry(Protocol):
+    """Launches that are always run together: an entry point, or its launches for one size of step."""
+
+    @property
+    def name(self) -> str:
+        """The entry point."""
+
+    @property
+    def launches(self) -> Sequence[TimedLaunch]:
+        """In order."""
 
 
 @dataclass(frozen=True)
@@ -27,29 +59,32 @@ class Profile:
     """Collects nanoseconds for each launch over steps."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[Entry, tuple[str, ...], NDArray[np.uint64], list[int]]] = {}
+        # By identity: to hash an entry is to hash all its launches.
+        self._entries: dict[int, tuple[TimedEntry, tuple[str, ...], NDArray[np.uint64], list[int]]] = {}
 
     def add(
-        self, entry: Entry, kernels: tuple[str, ...], nanoseconds: NDArray[np.uint64], tokens: int, context: int
+        self, entry: TimedEntry, kernels: tuple[str, ...], nanoseconds: NDArray[np.uint64], tokens: int, context: int
     ) -> None:
         """One step: u64[launches], the tokens it took and the sum over sequences of the context before them."""
-        known = self._entries.get(entry.name)
+        known = self._entries.get(id(entry))
         if known is None:
-            self._entries[entry.name] = (entry, kernels, nanoseconds.copy(), [1, tokens, context])
+            self._entries[id(entry)] = (entry, kernels, nanoseconds.copy(), [1, tokens, context])
             return
         known[2][...] += nanoseconds
         for i, more in enumerate((1, tokens, context)):
             known[3][i] += more
 
     def rows(self) -> tuple[ProfileRow, ...]:
-        """One row for each launch, the slowest first."""
+        """One row for each launch of each entry, the slowest first."""
         rows = []
-        for name, (entry, kernels, nanoseconds, (calls, tokens, context)) in self._entries.items():
+        for entry, kernels, nanoseconds, (calls, tokens, context) in self._entries.values():
             counts = (calls, tokens, context)
             for launch, spent in zip(entry.launches, nanoseconds.tolist(), strict=True):
                 flops = sum(a * b for a, b in zip(launch.flops, counts, strict=True))
                 moved = sum(a * b for a, b in zip(launch.bytes, counts, strict=True))
-                rows.append(ProfileRow(name, launch.node, kernels[launch.kernel], calls, spent / 1e9, flops, moved))
+                rows.append(
+                    ProfileRow(entry.name, launch.node, kernels[launch.kernel], calls, spent / 1e9, flops, moved)
+                )
         return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 

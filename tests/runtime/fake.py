@@ -61,6 +61,7 @@ class FakeExecutor:
         self.lock = RLock()
         self.model = model
         self.limits = limits
+        self.samples_on_device = False
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.vocab_size = model.vocab_size
