@@ -20,6 +20,8 @@ from llmc.ir.op import Array
 
 FORMAT_VERSION = 2
 """What `llmc.runtime.manifest` reads."""
+LAUNCHER = "launcher.so"
+"""What starts kernels on a GPU; in a package without it the runtime starts them through ctypes."""
 ALIGNMENT = 64
 """Bytes to which every tensor in weights.bin is aligned: a cache line, and the widest vector."""
 

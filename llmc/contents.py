@@ -12,6 +12,7 @@ import numpy as np
 
 from llmc import __version__
 from llmc.backends.base import Kernels
+from llmc.backends.package import LAUNCHER
 from llmc.backends.render import render
 from llmc.importers.hf import ImportedModel
 from llmc.ir.graph import Graph
@@ -20,8 +21,6 @@ from llmc.ir.target import Target
 from llmc.ir.types import DType
 
 RUNTIME = Path(__file__).parent / "runtime"
-LAUNCHER = "launcher.so"
-"""What starts kernels on a GPU; without it the runtime starts them through ctypes."""
 
 
 def make_manifest(

@@ -10,10 +10,10 @@ from typing import Any
 
 from llmc.backends.base import Kernels, plan_head, state_numbers
 from llmc.backends.buffers import Buffers
-from llmc.backends.package import to_json
+from llmc.backends.package import LAUNCHER, to_json
 from llmc.backends.triton.compile import Compiled, compile_sources, find_triton
 from llmc.backends.triton.kernels import source_of
-from llmc.backends.triton.launcher import LAUNCHER, build_launcher
+from llmc.backends.triton.launcher import build_launcher
 from llmc.backends.triton.lower import entry_graph, lower
 from llmc.backends.triton.plan import GpuEntry, describe_entry, plan_entry
 from llmc.ir.graph import Graph
