@@ -102,7 +102,7 @@ def check(
 
 
 def _naive(op: PagedAttention, values: dict[Value, Array], dtype: DType, decode: bool) -> Array:
-    """In f32, one head, token and product after the other; probabilities and results are rounded to the queries' dtype."""
+    """In f32, one product after the other; probabilities and results are rounded to the queries' dtype."""
     q, key, value, *rest = (
         a.astype(np.float32) if v.type.dtype.is_float or v.type.dtype is I8 else a for v, a in values.items()
     )
