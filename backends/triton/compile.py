@@ -51,8 +51,8 @@ class Compiled:
 
     def as_json(self) -> dict[str, Any]:
         """What the launcher and a reader of the package want to know, without code and without times."""
-        names = ("function", "threads", "shared", "arguments", "dependent", "registers", "spills")
-        names = (*names, "loop_spills", "instructions")
+        launch = ("function", "threads", "shared", "arguments", "dependent")
+        names = (*launch, "registers", "spills", "loop_spills", "instructions")
         rounded = self.instructions_per_weight and round(self.instructions_per_weight, 3)
         return {**{n: getattr(self, n) for n in names}, "instructions_per_weight": rounded}
 

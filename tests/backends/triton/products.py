@@ -134,10 +134,13 @@ class Case:
 
 def activated(activation: str, y: Array) -> Array:
     """The activations by their definitions, of float64."""
+    result: Array = y
     if activation == "silu":
-        return y / (1 + np.exp(-y))
-    if activation == "gelu_tanh":
-        return 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-    if activation == "gelu_erf":
-        return 0.5 * y * (1 + np.vectorize(erf)(y / np.sqrt(2)))
-    return np.maximum(y, 0) if activation == "relu" else y
+        result = y / (1 + np.exp(-y))
+    elif activation == "gelu_tanh":
+        result = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    elif activation == "gelu_erf":
+        result = 0.5 * y * (1 + np.vectorize(erf)(y / np.sqrt(2)))
+    elif activation == "relu":
+        result = np.maximum(y, 0)
+    return result

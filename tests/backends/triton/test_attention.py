@@ -134,7 +134,8 @@ def _naive(op: PagedAttention, values: dict[Value, Array], dtype: DType, decode:
 
 def _in_turn(products: Array, axis: int) -> Array:
     """Added up in f32, one after the other."""
-    return np.add.accumulate(products, axis=axis, dtype=np.float32).take(-1, axis)
+    result: Array = np.add.accumulate(products, axis=axis, dtype=np.float32).take(-1, axis)
+    return result
 
 
 def attention(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: Any) -> PagedAttention:
