@@ -37,9 +37,7 @@ def launcher_library(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="session", params=["native", "ctypes"])
-def package(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launcher_library: bytes
-) -> Path:
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launcher_library: bytes) -> Path:
     """The package with a launcher.so, and without."""
     folder = tmp_path_factory.mktemp("packages") / "tiny_gpu_model"
     return write_cuda_package(folder, launcher_library if request.param == "native" else None)

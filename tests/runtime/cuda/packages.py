@@ -74,7 +74,19 @@ def plan() -> dict[str, Any]:
         *({"kind": kind} for kind in ("workspace", "tickets", "dims")),
     ]
     names = ["token_ids", "positions", "slot_mapping", "query_start", "block_tables", "logit_rows", "sampling"]
-    names += ["state", "mixed", "rows", "history", "table", "logits", "greedy", "chosen", "workspace", "tickets", "dims"]
+    names += [
+        "state",
+        "mixed",
+        "rows",
+        "history",
+        "table",
+        "logits",
+        "greedy",
+        "chosen",
+        "workspace",
+        "tickets",
+        "dims",
+    ]
     number = {name: i for i, name in enumerate(names)}
 
     def launch(kernel: str, node: str, x: int, *args: str) -> dict[str, Any]:
