@@ -268,7 +268,7 @@ def without(name: str) -> bytes:
     return archive({key: data for key, data in images().items() if key != name})
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "plan altered": (lambda p: (p / "plan-sm_90.json").write_text("{}"), "plan-sm_90.json has been altered"),
     "no archive": (rewrite("kernels-sm_90.zip", b"PK"), "kernels-sm_90.zip is no archive that this runtime reads"),
     "a kernel is missing": (rewrite("kernels-sm_90.zip", without("mix.cubin")), "has no 'mix.cubin'"),
