@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llmc.backends.base import KernelSpec
-from llmc.backends.triton.kernels import gather_rows
+from llmc.backends.triton.kernels import attention_decode, attention_prefill, gather_rows
 from llmc.backends.triton.source import KernelSource, Maker
 from llmc.ir.target import GpuVariant
 
 MAKERS: Mapping[str, Maker] = {
+    "attention_decode": attention_decode.source,
+    "attention_prefill": attention_prefill.source,
     "gather_rows": gather_rows.source,
 }
 """By kind."""

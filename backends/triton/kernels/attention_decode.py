@@ -1,0 +1,90 @@
+"""Attention of one token per sequence: a program for each sequence, kv head and split of the context."""
+
+from __future__ import annotations
+
+from llmc.backends.base import KernelSpec
+from llmc.backends.render import render
+from llmc.backends.triton.kernels.attention_parts import (
+    LEAST,
+    arguments,
+    constants,
+    expects_fp8,
+    semantics,
+)
+from llmc.backends.triton.source import KernelSource
+from llmc.backends.triton.splits import splits
+from llmc.ir.target import GpuVariant
+
+
+def decode_spec(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: bool,
+    dtype: str,
+    state_dtype: str,
+    block_size: int,
+    sequences: int,
+    longest: int,
+    variant: GpuVariant,
+) -> KernelSpec:
+    """The kernel for a bucket of so many sequences, of at most `longest` tokens each. `window` 0: all tokens are seen;
+    `soft_cap` 0: none; `dtype`: of q and the result; dtypes by their names. See `splits` for grid and workspace."""
+    told = semantics(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        block_size=block_size,
+    )
+    seen = min(longest, window) if window else longest
+    wide, thin = head_dim > 128, state_dtype in ("f8e4m3", "i8")
+    if dtype == "f32":  # without tensor cores, and all of a tile in registers
+        tile = 32 if not wide else 16
+    else:
+        tile = 128 if thin and not wide else 64
+    rows = max(LEAST, 1 << (num_heads // num_kv_heads - 1).bit_length())
+    return KernelSpec.of(
+        "attention_decode",
+        **told,
+        sequences=sequences,
+        splits=splits(sequences, num_kv_heads, seen, variant),
+        rows=rows,
+        tile=max(tile, block_size),
+        stages=2 if wide or dtype == "f32" or state_dtype == "f32" else 3,
+        warps=4,
+    )
+
+
+def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
+    """Arguments: q, key, value, [key_scale, value_scale,] positions, block_tables, [sinks,] out, workspace, tickets,
+    dims. Parameters: see `decode_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
+    parameters = dict(spec.parameters)
+    expects_fp8(parameters, target)
+    return KernelSource(
+        spec.symbol,
+        render(
+            "triton/attention_decode.py.jinja",
+            name=spec.symbol,
+            scaled=parameters["state_dtype"] == "i8",
+            sinks=parameters["sinks"],
+        ),
+        (
+            *arguments(parameters, "positions_ptr", "block_tables_ptr"),
+            ("workspace_ptr", "*fp32"),
+            ("tickets_ptr", "*i32"),
+            ("dims_ptr", "*i32"),
+        ),
+        (*constants(parameters, target), ("SPLITS", parameters["splits"])),
+        num_warps=parameters["warps"],
+        num_stages=parameters["stages"],
+        weights=2 * parameters["tile"] * parameters["head_dim"],
+    )
