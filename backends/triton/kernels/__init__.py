@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llmc.backends.base import KernelSpec
-from llmc.backends.triton.kernels import attention_decode, attention_prefill, gather_rows
+from llmc.backends.triton.kernels import attention_decode, attention_prefill, gather_rows, rope_append
 from llmc.backends.triton.source import KernelSource, Maker
 from llmc.ir.target import GpuVariant
 
@@ -13,6 +13,7 @@ MAKERS: Mapping[str, Maker] = {
     "attention_decode": attention_decode.source,
     "attention_prefill": attention_prefill.source,
     "gather_rows": gather_rows.source,
+    "rope_append": rope_append.source,
 }
 """By kind."""
 
