@@ -58,6 +58,7 @@ def decode_spec(
         sequences=sequences,
         splits=splits(sequences, num_kv_heads, seen, variant),
         rows=rows,
+        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
         tile=max(tile, block_size),
         stages=2 if wide or dtype == "f32" or state_dtype == "f32" else 3,
         warps=4,

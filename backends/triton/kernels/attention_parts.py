@@ -114,5 +114,6 @@ def constants(
         ("BLOCK_SIZE", parameters["block_size"]),
         ("BLOCK_N", parameters["tile"]),
         ("STAGES", parameters["stages"]),
+        ("WORDS", parameters["words"]),
         ("PDL", target is not None and target.has_dependent_launch),
     )

@@ -61,6 +61,7 @@ def prefill_spec(
         tokens=tokens,
         sequences=sequences,
         rows=rows,
+        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
         tile=max(tile, block_size),
         stages=2,
         warps=8 if rows == 128 and dtype != "f32" else 4,
