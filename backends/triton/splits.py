@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmc.backends.base import KernelSpec
+from llmc.backends.triton.kernels.attention_parts import head_parts
 from llmc.ir.target import GpuVariant
 
 PROGRAMS = 4
@@ -35,7 +36,7 @@ def workspace_bytes(spec: KernelSpec) -> int:
     if parameters["splits"] == 1:
         return 0
     group = parameters["num_heads"] // parameters["num_kv_heads"]
-    unit: int = group * parameters["head_dim"] + (2 * group + 15) // 16 * 16
+    unit: int = group * sum(head_parts(parameters["head_dim"])) + (2 * group + 15) // 16 * 16
     return 4 * unit * parameters["sequences"] * parameters["num_kv_heads"] * int(parameters["splits"])
 
 

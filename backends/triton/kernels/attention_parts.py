@@ -106,8 +106,8 @@ def constants(
         ("HEAD_DIM", parameters["head_dim"]),
         ("FIRST", first),
         ("SECOND", second),
-        # 8-bit floats become f16 in one instruction, bf16 in several: queries in bf16 are scaled into f16's range.
-        ("HALVED", parameters["state_dtype"] == FP8 and parameters["dtype"] == "bf16"),
+        # 8 bits become f16 in fewer instructions than bf16: queries in bf16 are scaled into f16's range.
+        ("HALVED", parameters["state_dtype"] in (FP8, "i8") and parameters["dtype"] == "bf16"),
         ("SCALE", parameters["scale"]),
         ("SOFT_CAP", parameters["soft_cap"]),
         ("WINDOW", parameters["window"]),
