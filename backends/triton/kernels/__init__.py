@@ -1,16 +1,29 @@
-"""Kernel kinds: for each, a module whose `source` makes the Triton kernel of a specification."""
+"""Kernel kinds: for each, a function that makes the Triton kernel of a specification."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from llmc.backends.base import KernelSpec
-from llmc.backends.triton.kernels import gather_rows
+from llmc.backends.triton.kernels import (
+    elementwise,
+    embedding,
+    gather_rows,
+    norm,
+    quantized_embedding,
+    rotary_table,
+)
 from llmc.backends.triton.source import KernelSource, Maker
 from llmc.ir.target import GpuVariant
 
 MAKERS: Mapping[str, Maker] = {
+    "dynamic_rotary_table": rotary_table.dynamic_source,
+    "elementwise": elementwise.source,
+    "embedding": embedding.source,
     "gather_rows": gather_rows.source,
+    "norm": norm.source,
+    "quantized_embedding": quantized_embedding.source,
+    "rotary_table": rotary_table.source,
 }
 """By kind."""
 
