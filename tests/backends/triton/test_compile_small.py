@@ -1,4 +1,4 @@
-"""Every kind of small kernel compiled for every architecture: no spills, no more registers than its threads may have."""
+"""Every kind of small kernel compiled for every architecture: no spills, registers for all its threads."""
 
 from __future__ import annotations
 
