@@ -12,6 +12,7 @@ from llmc.backends.triton.kernels import (
     norm,
     quantized_embedding,
     rotary_table,
+    select_token,
 )
 from llmc.backends.triton.source import KernelSource, Maker
 from llmc.ir.target import GpuVariant
@@ -24,6 +25,7 @@ MAKERS: Mapping[str, Maker] = {
     "norm": norm.source,
     "quantized_embedding": quantized_embedding.source,
     "rotary_table": rotary_table.source,
+    "select_token": select_token.source,
 }
 """By kind."""
 

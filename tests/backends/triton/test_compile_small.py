@@ -12,6 +12,7 @@ from llmc.backends.triton.kernels.embedding import embedding_spec
 from llmc.backends.triton.kernels.norm import norm_spec
 from llmc.backends.triton.kernels.quantized_embedding import quantized_embedding_spec
 from llmc.backends.triton.kernels.rotary_table import dynamic_rotary_table_spec, rotary_table_spec
+from llmc.backends.triton.kernels.select_token import select_token_spec
 from llmc.ir.target import GPU_VARIANTS
 
 SPECS: tuple[KernelSpec, ...] = (
@@ -25,6 +26,7 @@ SPECS: tuple[KernelSpec, ...] = (
     elementwise_spec(operation="add", width=4096, x_dtype="f32", y_dtype="bf16", out_dtype="f32", rows_dim=0),
     elementwise_spec(operation="gelu_erf", width=11008, x_dtype="f32", out_dtype="bf16", rows_dim=0),
     elementwise_spec(operation="gelu_tanh", width=11008, x_dtype="bf16", out_dtype="bf16", rows_dim=0),
+    select_token_spec(vocab=128256),
 )
 
 
@@ -39,4 +41,6 @@ def test_every_kind_is_compiled(name: str) -> None:
         assert kernel.registers <= 65536 // (32 * source.num_warps)
         assert kernel.arguments == len(source.arguments)
         assert kernel.dependent == (variant.capability >= (9, 0))
+        if "rotary" in source.name:  # pi / 2 with all its digits, which the interpreter would have in any case
+            assert b"BFF921FB54400000" in kernel.ptx
         assert (b"griddepcontrol.wait" in kernel.ptx) == kernel.dependent
