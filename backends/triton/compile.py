@@ -30,8 +30,9 @@ _HIDDEN = 2
 class Compiled:
     """A kernel for one architecture: code, what a launch needs, what it takes of the chip.
 
-    `shared` bytes of dynamic shared memory; `spills`: bytes of registers spilled to memory; `instructions` of the whole
-    kernel; `instructions_per_weight` of its innermost loop, all threads counted, or None where it reads no weights.
+    `shared` bytes of dynamic shared memory; `spills`: bytes of registers that a thread spills to memory, and
+    `loop_spills` the instructions of the innermost loop that do so; `instructions` of the whole kernel;
+    `instructions_per_weight` of its innermost loop, all threads counted, or None where it reads no weights.
     """
 
     cubin: bytes
@@ -43,13 +44,15 @@ class Compiled:
     dependent: bool
     registers: int
     spills: int
+    loop_spills: int
     instructions: int
     instructions_per_weight: float | None
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
         """What the launcher and a reader of the package want to know, without code and without times."""
-        names = ("function", "threads", "shared", "arguments", "dependent", "registers", "spills", "instructions")
+        launch = ("function", "threads", "shared", "arguments", "dependent")
+        names = (*launch, "registers", "spills", "loop_spills", "instructions")
         rounded = self.instructions_per_weight and round(self.instructions_per_weight, 3)
         return {**{n: getattr(self, n) for n in names}, "instructions_per_weight": rounded}
 
@@ -173,6 +176,7 @@ def _finish(answer: Mapping[str, Any], source: KernelSource, variant: GpuVariant
         dependent=answer["dependent"],
         registers=usage.registers,
         spills=usage.local,
+        loop_spills=sum(i.family in ("LDL", "STL") for i in loop),
         instructions=len(instructions),
         instructions_per_weight=len(loop) * answer["threads"] / source.weights if loop else None,
         seconds=answer["seconds"],

@@ -16,8 +16,8 @@ MATRIX_RATE = 1024.0
 """Products of 16-bit numbers that a multiprocessor adds up in a cycle; four times as many from Hopper on."""
 WARPS_TO_FILL = 3.0
 """Warps that a scheduler needs to start an instruction in every cycle."""
-PASS = 80
-"""Instructions of each thread for a pass of the loop, whatever the tile."""
+PASS, SUM = 80, 50
+"""Instructions of each thread for a pass of the loop, whatever the tile, and for every further sum that it scales."""
 RESERVED = 1024
 """Bytes of shared memory that the system keeps of each program's."""
 
@@ -28,7 +28,8 @@ class Product:
 
     `bits`: of a weight, its scale counted; `code_bits`: without; `span`: columns that share a scale, or 0; `item`:
     bytes of what products take; `norm`: whether x is f32 and normalised on the way; `instructions`: that bring a weight
-    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, on the way.
+    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, on the way;
+    `sums`: whether scales are applied to sums.
     """
 
     n: int
@@ -41,6 +42,7 @@ class Product:
     norm: bool = False
     instructions: float = 1.5
     copies: int = 0
+    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     # A warp waits for its own results, so that a scheduler with one warp starts an instruction every third cycle.
     busy = min(1.0, at_once / variant.multiprocessors * tiling.warps / 4 / WARPS_TO_FILL)
     weights = tiling.block_n * tiling.block_k
-    instructions = weights * product.instructions + PASS * 32 * tiling.warps
+    sums = COLUMNS // product.span if product.span and product.sums else 1
+    instructions = weights * product.instructions + (PASS + SUM * (sums - 1)) * 32 * tiling.warps
     issue = waves * per * at_once * instructions / (variant.issue_rate * busy)
     split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
     return max(memory, matrix, issue) + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
@@ -145,10 +148,11 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
 def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     few = product.m <= 64
     widest = max(8, 1 << (product.m - 1).bit_length()) if product.m > 1 else 8
-    sizes_m = [min(widest, 64)] if few else [m for m in (64, 128, 256) if m <= widest]
+    # Narrower tiles than there are tokens read weights several times: for chips with little shared memory.
+    sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [64, 128, 256]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
-            for block_k in (COLUMNS,) if few or product.copies else (COLUMNS // 2, COLUMNS):
+            for block_k in (COLUMNS,) if product.copies else (COLUMNS // 2, COLUMNS):
                 for stages in (5, 4, 3, 2):
                     warps = 8 if block_n * block_m >= 128 * 64 else 4
                     made = Tiling(block_n, block_m, block_k, 1, stages, warps)

@@ -63,6 +63,7 @@ def attention_source(
         scaled=scaled,
         scales="key_scale_ptr, value_scale_ptr" if scaled else "key_ptr, value_ptr",
         sinks=p["sinks"],
+        capped=p["soft_cap"] > 0,
         zero="0" if state.bits == 8 else "0.0",
         bytes=state is DType.F8E4M3,
     )

@@ -14,10 +14,6 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
 
-SMALL_GROUP = 64
-"""4-bit weights in smaller groups are scaled before the product. Counted for sm_90, tiles of 128 × 8: 4.6 instructions
-a weight, where a product for each group of 32 takes 5.9; for groups of 64 it is 3.7 without."""
-
 _DEFAULTS: dict[str, Any] = {
     "norm_eps": None,
     "bias": False,
@@ -31,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "block_size": 1,
     "state_dtype": "f32",
     "out_dtype": "f32",
+    "scale_weights": False,
 }
 
 
@@ -52,6 +49,7 @@ def linear_spec(
     (of an RMS norm of x f32 on the way in), `bias`, `activation`, and `epilogue`: `store`, `residual`, `gated` or
     `append` (with `num_heads`, `num_kv_heads`, `head_dim`, `rotary_dim`, `layout`, `block_size`, `state_dtype`);
     `out_dtype`.
+    `scale_weights`: weights are scaled before they are multiplied, not sums of products afterwards.
     """
     unknown = set(options) - set(_DEFAULTS)
     assert not unknown, unknown
@@ -97,7 +95,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         precision=PRECISION[compute],
         norm=p["norm_eps"] is not None,
         scaled=format is not None,
-        scale_weights=kind == "int4" and group < SMALL_GROUP and compute is not DType.F32,
+        scale_weights=p["scale_weights"],
         bias=p["bias"],
         epilogue=p["epilogue"],
         rotated=p["rotary_dim"] > 0,
@@ -105,6 +103,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         ragged=blocks_of(p["n"], ROWS) * ROWS % p["block_n"] != 0,
         stream=p["stream"],
         state=p["state_dtype"],
+        assembly=target is not None and not p["scale_weights"],
         **_codes(kind, compute),
     )
     return KernelSource(
@@ -141,18 +140,17 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
 
 
 def _codes(kind: str, compute: DType) -> dict[str, Any]:
-    """How codes become numbers in the dtype that products take: by what they come out too large, and in two halves or
-    one. bf16 has 7 bits of mantissa, so that 128 + a code of 4 bits is exact; f16 has 10."""
+    """How codes become numbers in the dtype that products take: by what they come out too large (`offset`), and in two
+    halves or one. bf16 has 7 bits of mantissa, so that 128 + a code of 4 bits is exact; f16 has 10."""
     wide = compute is DType.BF16
-    values: dict[str, Any] = {"halves": False, "offset": 0, "half": "tl.bfloat16" if wide else "tl.float16"}
+    one, magic, half = (128, "0x43004300", "tl.bfloat16") if wide else (1024, "0x64006400", "tl.float16")
+    values = {"halves": False, "offset": 0, "half": half, "magic": magic, "magic_value": one, "mask": "0x000F000F"}
     if kind == "int4":
-        values |= {"magic": "0x43004300" if wide else "0x64006400", "magic_value": 128 if wide else 1024}
-        values["offset"] = values["magic_value"] + 8
-    if kind == "int8":
-        values["halves"] = wide
+        return {**values, "offset": one + 8}
+    if kind == "int8" and wide:
         # (128 + low) + 16 · (128 + high) is code + 17 · 128, and a code is 128 too large.
-        values["offset"] = 18 * 128 if wide else 1024 + 128
-    return values
+        return {**values, "halves": True, "offset": 18 * 128}
+    return {**values, "offset": one + 128, "mask": "0x00FF00FF"} if kind == "int8" else values
 
 
 def _arguments(p: dict[str, Any], kind: str) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from llmc.options import CompileOptions, Limits
 from llmc.runtime.cuda_executor import CudaExecutor
 from llmc.runtime.cuda_kernels import read_kernels
 from llmc.runtime.cuda_plan import read_cuda_plan
+from llmc.runtime.document import read_document
 from llmc.runtime.manifest import read_manifest
 from llmc.runtime.model import Model
 from tests.backends.triton.interpreted_device import InterpretedDevice
@@ -56,10 +57,10 @@ def load_interpreted(folder: Path, sources: dict[str, KernelSource]) -> tuple[Mo
     facts = manifest.model
     blocks = -(-facts.max_sequence_length // plan.block_size)
     executor = CudaExecutor(plan, kernels, device, folder / variant.weights, size, facts.vocab_size, blocks)
-    return Model(executor, facts, info=dict(manifest.raw)), device
+    checks = read_document(folder / "checks.json")
+    return Model(executor, facts, checks=checks, info=dict(manifest.raw)), device
 
 
 def _pretended(source: KernelSource) -> Compiled:
-    return Compiled(
-        b"\x7fELF", b"", source.name, 32 * source.num_warps, 0, len(source.arguments), True, 1, 0, 1, None, 0
-    )
+    count = len(source.arguments)
+    return Compiled(b"\x7fELF", b"", source.name, 32 * source.num_warps, 0, count, True, 1, 0, 0, 1, None, 0.0)

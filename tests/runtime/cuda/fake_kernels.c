@@ -1,0 +1,96 @@
+/* The modules and the kernels of the fake driver: the language model of tests/runtime/packages.py, one call a launch. */
+#include <stdio.h>
+
+#include "fake_cuda.h"
+
+enum { VOCAB = 23, BLOCK = 4 };
+
+int fake_launches(const Node *nodes, int first, int last) {
+  int count = 0;
+  for (int i = first; i < last; i++) count += nodes[i].function != NULL;
+  return count;
+}
+
+/* A "cubin" is the ELF magic, then "MAJOR.MINOR FUNCTION PARAMETERS"; PTX is read as far as it needs to be. */
+int fake_module(const char *image, Function *function) {
+  int major = fake_capability(1), minor = fake_capability(0), for_major, for_minor;
+  function->shared = 48 << 10;
+  if (memcmp(image, "\177ELF", 4) == 0) {
+    if (sscanf(image + 4, "%d.%d %63s %d", &for_major, &for_minor, function->name, &function->parameters) != 4)
+      return INVALID_IMAGE;
+    return major == for_major && minor >= for_minor ? 0 : NO_BINARY;
+  }
+  const char *target = strstr(image, ".target sm_"), *entry = strstr(image, ".entry ");
+  if (target == NULL || entry == NULL || sscanf(entry, ".entry %63[^(]", function->name) != 1) return INVALID_PTX;
+  for (const char *p = entry; (p = strstr(p, ".param .u64")) != NULL; p++) function->parameters++;
+  return 10 * major + minor >= atoi(target + 11) ? 0 : INVALID_PTX;
+}
+
+#define AT(type, i) ((type *)(uintptr_t)entry->values[i])
+
+static int append(const Entry *entry, const int32_t *dims) {
+  const int32_t *token_ids = AT(int32_t, 0), *slot_mapping = AT(int32_t, 1);
+  for (int t = 0; t < (int)entry->grid[0]; t++) { /* the whole bucket: padding has slots that say so, and zeros */
+    if (t >= dims[0] && (slot_mapping[t] != -1 || token_ids[t] != 0)) return LAUNCH_FAILED;
+    if (t < dims[0]) AT(float, 2)[slot_mapping[t]] = (float)token_ids[t];
+  }
+  return 0;
+}
+
+static int mix(const Entry *entry, const int32_t *dims, int decode) {
+  const int32_t *positions = AT(int32_t, 0), *query_start = AT(int32_t, 1), *block_tables = AT(int32_t, 2);
+  const float *state = AT(float, 3), *history = AT(float, 4);
+  for (int s = 0; s < dims[1]; s++)
+    for (int t = decode ? s : query_start[s]; t < (decode ? s + 1 : query_start[s + 1]); t++)
+      for (int v = 0; v < VOCAB; v++) {
+        float sum = 0;
+        for (int p = 0; p <= positions[t]; p++)
+          sum += history[(int)state[block_tables[s * dims[2] + p / BLOCK] * BLOCK + p % BLOCK] * VOCAB + v];
+        AT(float, 5)[t * VOCAB + v] = sum;
+      }
+  return 0;
+}
+
+static int gather(const Entry *entry, const int32_t *dims) {
+  for (int t = 0; t < dims[0]; t++)
+    memcpy(AT(float, 2) + t * VOCAB, AT(float, 1) + AT(int32_t, 0)[t] * VOCAB, VOCAB * sizeof(float));
+  return 0;
+}
+
+static int head(const Entry *entry, const int32_t *dims) {
+  if (AT(int32_t, 5)[0] != 0) return LAUNCH_FAILED; /* a ticket that nobody has zeroed */
+  AT(float, 4)[0] = 1;
+  for (int o = 0; o < dims[3]; o++)
+    for (int v = 0; v < VOCAB; v++) {
+      int at = AT(int32_t, 0)[o] * VOCAB + v;
+      AT(float, 3)[o * VOCAB + v] = AT(float, 1)[at] + AT(float, 2)[at];
+    }
+  return 0;
+}
+
+/* The first maximum; and what tells whether all words of `sampling` have arrived, where it asks for a draw. */
+static int select_token(const Entry *entry, const int32_t *dims) {
+  for (int o = 0; o < dims[3]; o++) {
+    const float *logits = AT(float, 0) + o * VOCAB;
+    const int32_t *how = AT(int32_t, 1) + 8 * o;
+    int best = 0;
+    for (int v = 1; v < VOCAB; v++)
+      if (logits[v] > logits[best]) best = v;
+    AT(int32_t, 2)[o] = best;
+    uint32_t sum = 0;
+    for (int i = 0; i < 8; i++) sum = 31 * sum + (uint32_t)how[i];
+    AT(int32_t, 3)[o] = how[0] == 0 ? best : logits[0] != logits[0] ? -1 : (int32_t)(sum % VOCAB);
+  }
+  return 0;
+}
+
+int fake_kernel(const char *name, const Entry *entry) {
+  const int32_t *dims = AT(int32_t, entry->arguments - 3);
+  if (strcmp(name, "append_fn") == 0) return append(entry, dims);
+  if (strcmp(name, "mix_fn") == 0) return mix(entry, dims, 0);
+  if (strcmp(name, "mix_decode_fn") == 0) return mix(entry, dims, 1);
+  if (strcmp(name, "gather_fn") == 0) return gather(entry, dims);
+  if (strcmp(name, "head_fn") == 0) return head(entry, dims);
+  if (strcmp(name, "select_token_fn") == 0) return select_token(entry, dims);
+  return LAUNCH_FAILED;
+}
