@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-
 from llmc.backends.triton.compile import Compiled, compile_sources, distinct
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.plan import GpuEntry, planned_products
@@ -24,7 +22,7 @@ from llmc.runtime.cuda_device import CudaDevice
 from llmc.runtime.cuda_driver import Device, KernelLaunch, Program
 from llmc.runtime.cuda_kernels import Kernel
 from llmc.runtime.errors import ModelError
-from llmc.tuning_operands import Layout, fill, layout_of
+from llmc.tuning_operands import Layout, Patterns, fill, layout_of
 
 TIE = 1.02
 """Times that differ by less are equal, and the model decides."""
@@ -167,7 +165,7 @@ def _measured(
     layouts = {
         call: layout_of(call, each[0].source, [c.tiling for c in each], effort.cached) for call, each in tried.items()
     }
-    random, loaded = np.random.default_rng(0), dict[str, str | None]()
+    patterns, loaded = Patterns(), dict[str, str | None]()
     begin = clock()
     base = device.allocate(max((layout.bytes for layout in layouts.values()), default=1))
     start, end = device.create_event(), device.create_event()
@@ -175,7 +173,7 @@ def _measured(
         if clock() - begin <= left:
             for candidate in each:
                 _load(device, candidate, compiled, failures, loaded, variant)
-            fill(device, layouts[call], base, random)
+            fill(device, layouts[call], base, patterns)
             _time(device, [c for c in each if c.failure is None], layouts[call], base, variant, effort, (start, end))
         now = clock()
         yield call, each, now - begin

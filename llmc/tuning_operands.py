@@ -80,7 +80,7 @@ def layout_of(call: ProductCall, source: KernelSource, tilings: Sequence[Tiling]
     return Layout(call, places, kinds, copies, weight, end + BEYOND)
 
 
-def fill(device: Device, layout: Layout, base: int, random: np.random.Generator) -> None:
+def fill(device: Device, layout: Layout, base: int, patterns: Patterns) -> None:
     """Give every operand contents: random numbers that are no NaN, zero tickets, slots that exist, sizes; waits."""
     stream = device.current_stream()
     m, page = layout.call.product.m, dict(layout.call.options).get("block_size", 1)
@@ -94,7 +94,7 @@ def fill(device: Device, layout: Layout, base: int, random: np.random.Generator)
             device.zero(base + offset, size, stream)
         elif name not in _UNSET:
             array = given.get(name)
-            data = _bytes(_pattern(name, layout.kinds[name], random) if array is None else array)[:size]
+            data = (patterns.of(name, layout.kinds[name]) if array is None else _bytes(array))[:size]
             kept.append(data)
             _repeat(device, data, base + offset, size, stream)
     device.synchronize(stream)
@@ -110,17 +110,31 @@ def _repeat(device: Device, data: Array, address: int, size: int, stream: int) -
         done += count
 
 
-def _pattern(name: str, kind: str, random: np.random.Generator) -> Array:
-    """Elements as a model has them: numbers around zero, scales that are small, codes of any value that is finite."""
-    if kind == "*i32":
-        return random.integers(-(2**31), 2**31, PATTERN, np.int32)
-    if kind == "*u8":
-        codes = random.integers(0, 256, PATTERN, np.uint8)
-        return np.where(codes & 0x7F == 0x7F, codes ^ 1, codes)  # 0x7F and 0xFF are no numbers
-    if name == "scale_ptr":
-        return random.uniform(5e-4, 1.5e-3, PATTERN).astype(np.float16)
-    numbers = random.standard_normal(PATTERN, np.float32)
-    return _DTYPES[kind].store(numbers * np.float32(0.02) if name == "weight_ptr" else numbers)
+class Patterns:
+    """Random elements, drawn once for each kind of operand."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+        self._drawn: dict[tuple[str, str], Array] = {}
+
+    def of(self, name: str, kind: str) -> Array:
+        """Elements as a model has them, in Triton's type of pointer `kind`: numbers around zero, scales that are small,
+        codes of any value that is a number."""
+        what = name if name in ("weight_ptr", "scale_ptr") else "other"
+        if (what, kind) not in self._drawn:
+            self._drawn[what, kind] = _bytes(self._draw(what, kind))
+        return self._drawn[what, kind]
+
+    def _draw(self, what: str, kind: str) -> Array:
+        if kind == "*i32":
+            return self._random.integers(-(2**31), 2**31, PATTERN, np.int32)
+        if kind == "*u8":
+            codes = self._random.integers(0, 256, PATTERN, np.uint8)
+            return np.where(codes & 0x7F == 0x7F, codes ^ 1, codes)  # 0x7F and 0xFF are no numbers
+        if what == "scale_ptr":
+            return self._random.uniform(5e-4, 1.5e-3, PATTERN).astype(np.float16)
+        numbers = self._random.standard_normal(PATTERN, np.float32)
+        return _DTYPES[kind].store(numbers * np.float32(0.02) if what == "weight_ptr" else numbers)
 
 
 def _bytes(array: Array) -> Array:
