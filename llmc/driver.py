@@ -30,7 +30,8 @@ from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
 from llmc.passes.quantize import Quantize
 from llmc.quantization import activations_of, described, read_quantization
-from llmc.tuning import Tuned, tune, tuning_devices
+from llmc.tuning import Tuned, tune
+from llmc.tuning_devices import tuning_devices
 
 
 def compile_model(

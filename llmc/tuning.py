@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from llmc.backends.triton.compile import Compiled, compile_sources, distinct
 from llmc.backends.triton.kernels import source_of
@@ -16,22 +15,15 @@ from llmc.backends.triton.products import ProductCall
 from llmc.backends.triton.source import KernelSource
 from llmc.backends.triton.tiling import Product, Tiling, Tunings, candidates, seconds
 from llmc.ir.errors import LlmcError
-from llmc.ir.target import GpuVariant, Target
-from llmc.runtime.cuda_api import CudaApi
-from llmc.runtime.cuda_device import CudaDevice
-from llmc.runtime.cuda_driver import Device, KernelLaunch, Program
+from llmc.ir.target import GpuVariant
+from llmc.runtime.cuda_driver import KernelLaunch, Program
 from llmc.runtime.cuda_kernels import Kernel
 from llmc.runtime.errors import ModelError
+from llmc.tuning_devices import Gpu
 from llmc.tuning_operands import Layout, Patterns, fill, layout_of
 
 TIE = 1.02
 """Times that differ by less are equal, and the model decides."""
-
-
-class Gpu(Device, Protocol):
-    """A device that knows what it is."""
-
-    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,50 +58,6 @@ class _Candidate:
     compiled: Compiled | None = None
     seconds: float | None = None
     failure: str | None = None
-
-
-@contextmanager
-def tuning_devices(target: Target) -> Iterator[dict[str, Gpu]]:
-    """The first GPU of each of the target's architectures, by the architecture's name. Raises `LlmcError` for a target
-    without any, and where this machine has none of them."""
-    if target.kind != "cuda":
-        raise LlmcError(
-            "--tune measures kernels for GPUs, and the target is a CPU: leave --tune out, or compile for"
-            " --target cuda:ARCHITECTURE"
-        )
-    wanted = {v.capability: v.name for v in target.gpu_variants}
-    names = ", ".join(wanted.values())
-    opened: list[Gpu] = []
-    found: dict[str, Gpu] = {}
-    try:
-        try:
-            for gpu in open_gpus():
-                opened.append(gpu)
-                if gpu.capability in wanted:
-                    found.setdefault(wanted[gpu.capability], gpu)
-        except ModelError as error:
-            raise _nothing(names, f"there is none: {str(error).partition('; ')[0]}") from error
-        if not found:
-            here = ", ".join(f"{g.name} of architecture sm_{g.capability[0]}{g.capability[1]}" for g in opened)
-            raise _nothing(names, f"this machine has {here or 'none'}")
-        yield found
-    finally:
-        for gpu in opened:
-            gpu.close()
-
-
-def open_gpus() -> Iterator[Gpu]:
-    """Every GPU that this process sees. Raises `ModelError` where there is no driver or no GPU."""
-    api = CudaApi()
-    for ordinal in range(max(1, api.device_count())):  # of none, the first refuses with the reason
-        yield CudaDevice(api, ordinal)
-
-
-def _nothing(names: str, what: str) -> LlmcError:
-    return LlmcError(
-        f"--tune measures on a GPU of the target's architecture ({names}), and {what}; without --tune a model of the"
-        " architecture chooses, on any machine"
-    )
 
 
 def tune(

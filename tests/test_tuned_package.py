@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc import tuning
+from llmc import tuning, tuning_devices
 from llmc.backends.triton.source import KernelSource
 from llmc.compile_report import CompileReport
 from llmc.report.ledger import print_compile_report
@@ -40,7 +40,7 @@ def compile_tuned(monkeypatch: pytest.MonkeyPatch, model: Path, output: Path) ->
     compiler = FakeCompiler()
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "compile_sources", compiler)
-        patch.setattr(tuning, "open_gpus", lambda: iter([FakeGpu(few_loads, sources=compiler.sources)]))
+        patch.setattr(tuning_devices, "open_gpus", lambda: iter([FakeGpu(few_loads, sources=compiler.sources)]))
         return compile_interpreted(monkeypatch, model, output, tune=True)
 
 

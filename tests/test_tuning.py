@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmc import driver, tuning
+from llmc import driver, tuning, tuning_devices
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.plan import GpuEntry, planned_products
 from llmc.backends.triton.products import ProductCall
@@ -21,7 +21,8 @@ from llmc.ir.target import GPU_VARIANTS, parse_target
 from llmc.options import CompileOptions
 from llmc.runtime.cuda_api import CudaApi
 from llmc.runtime.errors import ModelError
-from llmc.tuning import Effort, Gpu, Tuned, tune, tuning_devices
+from llmc.tuning import Effort, Tuned, tune
+from llmc.tuning_devices import Gpu
 from tests import tiny_models
 from tests.backends.triton.interpreted_package import compile_interpreted
 from tests.tuning_gpu import FakeCompiler, FakeGpu, Times
@@ -48,7 +49,7 @@ def entries(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence[G
         return Tuned(report={"architectures": {}})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "open_gpus", lambda: iter([FakeGpu()]))
+        patch.setattr(tuning_devices, "open_gpus", lambda: iter([FakeGpu()]))
         patch.setattr(driver, "tune", take)
         output = tmp_path_factory.mktemp("tuning") / "package"
         compile_interpreted(patch, model, output, tune=True, target="cuda:sm_80,sm_90", checks=0)
@@ -195,13 +196,13 @@ def test_only_what_is_present_is_tuned(entries: Sequence[GpuEntry], compiler: Fa
 
 
 def opening(monkeypatch: pytest.MonkeyPatch, *gpus: FakeGpu) -> None:
-    monkeypatch.setattr(tuning, "open_gpus", lambda: iter(gpus))
+    monkeypatch.setattr(tuning_devices, "open_gpus", lambda: iter(gpus))
 
 
 def test_the_first_gpu_of_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [FakeGpu(capability=c) for c in ((8, 9), (9, 0), (9, 0), (8, 0))]
     opening(monkeypatch, *gpus)
-    with tuning_devices(parse_target("cuda:sm_80,sm_90,sm_100", frozenset())) as found:
+    with tuning_devices.tuning_devices(parse_target("cuda:sm_80,sm_90,sm_100", frozenset())) as found:
         assert found == {"sm_90": gpus[1], "sm_80": gpus[3]}
     assert all(gpu.closed for gpu in gpus)
 
@@ -217,7 +218,7 @@ def test_no_gpu_of_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "CudaApi", lambda: CudaApi("libcuda-of-nobody.so.1"))
+    monkeypatch.setattr(tuning_devices, "CudaApi", lambda: CudaApi("libcuda-of-nobody.so.1"))
     with pytest.raises(LlmcError) as caught:
         with_devices("cuda:sm_80,sm_90")
     text = str(caught.value)
@@ -234,14 +235,14 @@ def test_gpus_are_closed_when_one_does_not_open(monkeypatch: pytest.MonkeyPatch)
         yield gpu
         raise ModelError("cuda:1: a context: out of memory; and so on")
 
-    monkeypatch.setattr(tuning, "open_gpus", broken)
+    monkeypatch.setattr(tuning_devices, "open_gpus", broken)
     with pytest.raises(LlmcError, match=r"there is none: cuda:1: a context: out of memory; without"):
         with_devices("cuda:sm_90")
     assert gpu.closed
 
 
 def with_devices(target: str) -> None:
-    with tuning_devices(parse_target(target, frozenset())):
+    with tuning_devices.tuning_devices(parse_target(target, frozenset())):
         raise AssertionError("devices were found")
 
 

@@ -16,7 +16,8 @@ from llmc.ir.graph import Graph
 from llmc.ir.target import GPU_VARIANTS, GpuVariant, parse_target
 from llmc.ir.types import DType
 from llmc.passes.plan_memory import MemoryPlan
-from llmc.tuning import Effort, tune, tuning_devices
+from llmc.tuning import Effort, tune
+from llmc.tuning_devices import tuning_devices
 from tests.runtime.cuda.fake import FakeCuda
 
 SM_90 = GPU_VARIANTS["sm_90"]
