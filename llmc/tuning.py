@@ -10,6 +10,7 @@ from typing import Any
 
 from llmc.backends.triton.compile import Compiled, compile_sources, distinct
 from llmc.backends.triton.kernels import source_of
+from llmc.backends.triton.packing import blocks_of
 from llmc.backends.triton.plan import GpuEntry, planned_products
 from llmc.backends.triton.products import ProductCall
 from llmc.backends.triton.source import KernelSource
@@ -20,7 +21,7 @@ from llmc.runtime.cuda_driver import KernelLaunch, Program
 from llmc.runtime.cuda_kernels import Kernel
 from llmc.runtime.errors import ModelError
 from llmc.tuning_devices import Gpu
-from llmc.tuning_operands import Layout, Patterns, fill, layout_of
+from llmc.tuning_operands import MAX_COPIES, Layout, Patterns, fill, layout_of
 
 TIE = 1.02
 """Times that differ by less are equal, and the model decides."""
@@ -29,14 +30,15 @@ TIE = 1.02
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: `budget` seconds for all products, compiling excluded; of each the model's best `most`
-    tilings, each `rounds` times, by turns, for about `replay` seconds. Weights are as many as exceed `cached` bytes."""
+    tilings, each `rounds` times, by turns, for about `replay` seconds and `least` launches. There are as many copies of
+    a weight as exceed `cached` bytes, twice the largest L2 cache (126 MB, of a B200)."""
 
     budget: float = 60.0
     most: int = 6
     rounds: int = 5
     replay: float = 2e-3
     least: int = 4
-    cached: int = 128 << 20
+    cached: int = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -169,29 +171,30 @@ def _time(
 ) -> None:
     """Set the candidates' times: medians of replays of many launches, the candidates by turns."""
     stream = device.current_stream()
-    programs: list[tuple[_Candidate, Program, int]] = []
+    expected = min((seconds(layout.call.product, c.tiling, variant) for c in tried), default=1.0)
+    count = max(effort.least, min(MAX_COPIES, round(effort.replay / expected)))
+    # As many for each, so that to start a graph is the same part of their times; each copy as often as any.
+    count = blocks_of(count, layout.copies) * layout.copies
+    programs: list[tuple[_Candidate, Program]] = []
     for candidate in tried:
         assert candidate.compiled is not None
-        expected = seconds(layout.call.product, candidate.tiling, variant)
-        count = max(effort.least, min(256, round(effort.replay / expected)))
-        count = -(-count // layout.copies) * layout.copies  # each copy as often as any
         kernel, grid = _kernel(candidate.source.name, candidate.compiled), (candidate.tiling.programs, 1, 1)
         launches = [
             KernelLaunch(kernel, grid, layout.arguments(base, candidate.source, i % layout.copies))
             for i in range(count)
         ]
-        programs.append((candidate, device.prepare(launches), count))
-    for _, program, _ in programs:
+        programs.append((candidate, device.prepare(launches)))
+    for _, program in programs:
         program.replay(stream)  # records the graph, and warms up
     times: list[list[float]] = [[] for _ in programs]
     for _ in range(effort.rounds):
-        for (_, program, count), taken in zip(programs, times, strict=True):
+        for (_, program), taken in zip(programs, times, strict=True):
             device.record(events[0], stream)
             program.replay(stream)
             device.record(events[1], stream)
             device.wait(events[1])
             taken.append(device.nanoseconds(*events) * 1e-9 / count)
-    for (candidate, _, _), taken in zip(programs, times, strict=True):
+    for (candidate, _), taken in zip(programs, times, strict=True):
         candidate.seconds = statistics.median(taken)
 
 
