@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmc.backends.triton.compile import Compiled, compile_sources, distinct
+from llmc.backends.triton.compile import Compiled, compile_sources
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.packing import blocks_of
 from llmc.backends.triton.plan import GpuEntry, planned_products
@@ -110,7 +110,7 @@ def _measured(
         for call in planned_products(entries, variant.name)
     }
     failures: dict[str, str] = {}
-    sources = distinct(c.source for each in tried.values() for c in each)
+    sources = [c.source for each in tried.values() for c in each]
     compiled = compile_sources(sources, variant, failures=failures)
     layouts = {
         call: layout_of(call, each[0].source, [c.tiling for c in each], effort.cached) for call, each in tried.items()

@@ -24,11 +24,12 @@ SMALLEST_PREFILL = 16
 @dataclass(frozen=True)
 class GpuLaunch(Launch):
     """One kernel run on a grid of programs. `workspace` bytes and `tickets` (i32, zero before and after) are what its
-    programs share; a kernel with neither is not given them. `product`: what was cut into tiles, where it is one."""
+    programs share; `shares`: whether the kernel is given both. `product`: what is cut into tiles, where it is one."""
 
     grid: tuple[int, int, int] = (1, 1, 1)
     workspace: int = 0
     tickets: int = 0
+    shares: bool = False
     product: ProductCall | None = None
 
 
@@ -100,7 +101,7 @@ def describe_entry(entry: GpuEntry, variant: str, buffers: Buffers) -> dict[str,
 
 
 def _described(launch: GpuLaunch, entry: GpuEntry, buffers: Buffers) -> dict[str, Any]:
-    shared = ("workspace", "tickets") if launch.tickets else ()
+    shared = ("workspace", "tickets") if launch.shares else ()
     return {
         "kernel": buffers.kernel(launch.spec.symbol),
         "grid": list(launch.grid),
@@ -127,5 +128,6 @@ def _launch(node: Node, step: Step, flops: tuple[int, int, int], traffic: tuple[
         grid=chosen.grid,
         workspace=chosen.workspace,
         tickets=chosen.tickets,
+        shares=chosen.shares,
         product=chosen.product,
     )

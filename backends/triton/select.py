@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.dynamic_rotary import DynamicRotaryTable
+from llmc.backends.triton import splits
 from llmc.backends.triton.kernels import (
     attention_decode,
     attention_prefill,
@@ -65,14 +66,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Selected:
-    """A kernel, the values it is given in order, its grid, and what its programs share: see `plan.GpuLaunch`.
-    `product`: what it is cut into tiles for, where it is one."""
+    """A kernel, the values it is given in order, its grid, and what its programs share (see `plan.GpuLaunch`), if
+    the kernel takes something to share at all. `product`: what is cut into tiles, where it is a product."""
 
     spec: KernelSpec
     arguments: tuple[Value, ...]
     grid: tuple[int, int, int]
     workspace: int = 0
     tickets: int = 0
+    shares: bool = False
     product: ProductCall | None = None
 
 
@@ -191,36 +193,37 @@ def _product(
     m = step.rows(dim)
     call, tiling = product_kernel(op, x.dtype, weight, m, dim, step.variant, step.tunings, **epilogue)
     workspace = tiling.workspace_bytes(op.rows, op.width, m)
-    return Selected(call.spec(tiling), given, (tiling.programs, 1, 1), workspace, tiling.tiles(op.rows, m), call)
+    tickets = tiling.tiles(op.rows, m)
+    return Selected(call.spec(tiling), given, (tiling.programs, 1, 1), workspace, tickets, shares=True, product=call)
 
 
 @_kernel(RoundedAppend)
 def _rounded_append(op: RoundedAppend, node: Node, step: Step) -> Selected:
-    state = node.inputs[4 if op.rotary_dim else 2].type
+    qkv, state = node.inputs[0].type, node.inputs[4 if op.rotary_dim else 2].type
     heads = (op.num_heads, op.num_kv_heads, op.head_dim, op.rotary_dim, op.layout)
-    spec = rope_append.append_spec(*heads, op.dtype, state.dtype, _width(state))
-    return Selected(spec, (*node.inputs, node.results[0]), (step.tokens, op.num_heads + 2 * op.num_kv_heads, 1))
+    spec = rope_append.append_spec(*heads, qkv.dtype.value, op.dtype.value, state.dtype.value, _width(state))
+    return Selected(spec, (*node.inputs, node.results[0]), rope_append.grid(spec, step.tokens))
 
 
 @_kernel(PagedAttention)
 def _attention(op: PagedAttention, node: Node, step: Step) -> Selected:
-    q, key = node.inputs[0].type, node.inputs[1].type
-    size = _width(key)
+    q, key = node.inputs[0].type.dtype.value, node.inputs[1].type
+    meant = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "soft_cap", "sinks")
+    told: dict[str, Any] = {name: getattr(op, name) for name in meant}
+    states: dict[str, Any] = {
+        "dtype": q,
+        "state_dtype": key.dtype.value,
+        "block_size": _width(key),
+        "variant": step.variant,
+    }
     if not step.decode:
-        spec = attention_prefill.prefill_spec(op, q.dtype, key.dtype, size, step.tokens, step.sequences)
-        tiles = attention_prefill.tiles(spec, step.tokens, step.sequences)
-        return Selected(spec, (*node.inputs, *node.results), (tiles, op.num_kv_heads, 1))
-    count = attention_decode.splits(step.tokens, op.num_kv_heads, op.window or step.longest, step.variant)
-    spec = attention_decode.decode_spec(op, q.dtype, key.dtype, size, count)
-    query_start = 4 if op.scaled else 2
-    given = [v for i, v in enumerate(node.inputs) if i != 2 + query_start]
-    return Selected(
-        spec,
-        (*given, *node.results),
-        (step.tokens, op.num_kv_heads, count),
-        attention_decode.workspace_bytes(spec, step.tokens),
-        step.tokens * op.num_kv_heads,
-    )
+        spec = attention_prefill.prefill_spec(**told, **states, tokens=step.tokens, sequences=step.sequences)
+        return Selected(spec, (*node.inputs, *node.results), attention_prefill.grid(spec, step.tokens, step.sequences))
+    spec = attention_decode.decode_spec(**told, **states, sequences=step.tokens, longest=step.longest)
+    query_start = node.inputs[4 + 2 * op.scaled]
+    given = tuple(v for v in node.inputs if v != query_start)
+    workspace, tickets = splits.workspace_bytes(spec, step.tokens), splits.tickets(spec, step.tokens)
+    return Selected(spec, (*given, *node.results), splits.grid(spec, step.tokens), workspace, tickets, shares=True)
 
 
 @_kernel(GatherRows)
