@@ -90,7 +90,7 @@ def test_chunks_and_batches_do_not_change_what_comes_out(
     assert np.array_equal(first.logits, second.logits)
     names = [name.rsplit("_", 1)[0] for name in device.launched]
     runs = {name for name, _ in itertools.groupby(names)}
-    assert {"linear", "attention_decode", "attention_prefill", "select_tokens", "embedding", "norm"} <= runs
+    assert {"linear", "attention_decode", "attention_prefill", "select_token", "embedding", "norm"} <= runs
 
 
 def _tokens(completions: Any) -> list[list[int]]:
