@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.dynamic_rotary import DynamicRotaryTable
-from llmc.backends.triton import splits
 from llmc.backends.triton.kernels import (
     attention_decode,
     attention_prefill,
+    attention_splits,
     elementwise,
     embedding,
     gather_rows,
@@ -233,8 +233,13 @@ def _attention(op: PagedAttention, node: Node, step: Step) -> Selected:
     spec = attention_decode.decode_spec(**told, **states, sequences=step.tokens, longest=step.longest)
     query_start = node.inputs[4 + 2 * op.scaled]
     given = tuple(v for v in node.inputs if v != query_start)
-    workspace, tickets = splits.workspace_bytes(spec, step.tokens), splits.tickets(spec, step.tokens)
-    return Selected(spec, (*given, *node.results), splits.grid(spec, step.tokens), workspace, tickets, shares=True)
+    workspace, tickets = (
+        attention_splits.workspace_bytes(spec, step.tokens),
+        attention_splits.tickets(spec, step.tokens),
+    )
+    return Selected(
+        spec, (*given, *node.results), attention_splits.grid(spec, step.tokens), workspace, tickets, shares=True
+    )
 
 
 @_kernel(GatherRows)
