@@ -10,6 +10,7 @@ from llmc.backends.triton.kernels.attention_parts import (
     arguments,
     constants,
     expects_fp8,
+    reads_words,
     semantics,
 )
 from llmc.backends.triton.kernels.attention_splits import splits
@@ -48,18 +49,19 @@ def decode_spec(
     )
     seen = min(longest, window) if window else longest
     wide, thin = head_dim > 128, state_dtype in EIGHT_BITS
-    tile, stages, warps = 128 if thin and not wide else 64, 3, 4
-    if dtype == "f32":  # without tensor cores, operands in registers
-        tile, stages, warps = 16, 2, 16 if wide else 8
+    group = num_heads // num_kv_heads
+    rows = max(LEAST, 1 << (group - 1).bit_length())
+    tile, stages, warps = 128 if thin and not wide else 64, 3, 4 if rows < 64 else 8
+    if dtype == "f32":  # without tensor cores: no more rows than there are, operands in registers
+        rows, tile, stages, warps = max(4, 1 << (group - 1).bit_length()), 32, 2, 8
     elif wide or state_dtype == "f32" or (state_dtype == "i8" and variant.capability >= (10, 0)):
         stages = 2
-    rows = max(LEAST, 1 << (num_heads // num_kv_heads - 1).bit_length())
     return KernelSpec.of(
         "attention_decode",
         **told,
         splits=splits(sequences, num_kv_heads, seen, variant),
         rows=rows,
-        words=thin and head_dim % 4 == 0,
+        words=reads_words(state_dtype, head_dim),
         tile=max(tile, block_size),
         stages=stages,
         warps=warps,

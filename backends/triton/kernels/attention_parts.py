@@ -36,6 +36,11 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     return first, max(2 * LEAST, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
+def reads_words(state_dtype: str, head_dim: int) -> bool:
+    """Whether a kernel loads states of 8 bits four at a time."""
+    return state_dtype in EIGHT_BITS and head_dim % 4 == 0
+
+
 def semantics(
     *,
     num_heads: int,
