@@ -102,8 +102,8 @@ def row_flops(row: Row, shape: Shape) -> float:
     return shape.prefill_flops(row.context)
 
 
-def bound(moved: float, flops: float, ceilings: Mapping[str, Any]) -> float:
-    """Seconds that a step takes at least: bytes at the bandwidth or operations at the matrix rate, whichever is more."""
+def bound(moved: float, flops: float, ceilings: Mapping[str, float]) -> float:
+    """Seconds that a step takes at least: bytes at the bandwidth or operations at the matrix rate, the greater."""
     return max(moved / ceilings["copy_bandwidth"], flops / ceilings["matrix_rate"])
 
 

@@ -33,7 +33,7 @@ class TorchClock:
         work()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     def wall(self, work: Callable[[], object]) -> float:
         """See `Clock`."""
@@ -52,7 +52,6 @@ def measure_ceilings(clock: Clock, device: str = "cuda", copied: int = COPIED, s
     target = torch.empty_like(source)
     found = {"copy_bandwidth": 2 * copied / _median(clock, lambda: target.copy_(source))}
     found["read_bandwidth"] = copied / _median(clock, lambda: source.view(torch.float32).amax())
-    del source, target
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)
     found["matrix_rate"] = 2 * side**3 / _median(clock, lambda: torch.mm(a, b, out=product))
@@ -99,4 +98,3 @@ def _median(clock: Clock, work: Callable[[], Any]) -> float:
     for _ in range(WARMING):
         work()
     return Spread.of(clock.device(work) for _ in range(REPEATS)).median
-

@@ -14,7 +14,7 @@ from benchmarks.gpu.ceilings import TorchClock, machine_facts, measure_ceilings,
 from benchmarks.gpu.measure import Ours
 from benchmarks.gpu.package import OpenPackage
 from benchmarks.gpu.rows import COMPILED, EAGER, Row, Setup
-from benchmarks.gpu.timing import Steps
+from benchmarks.gpu.timing import Clock, Steps
 from benchmarks.peers import torch_compile, transformers_eager
 
 Peer = Callable[[Row], tuple[Steps, Mapping[str, Any]]]
@@ -28,7 +28,7 @@ class TorchLab:
     def __init__(self, folder: Path, scratch: Path) -> None:
         torch.manual_seed(0)
         torch.cuda.init()
-        self.clock = TorchClock()
+        self.clock: Clock = TorchClock()
         self._folder, self._scratch = folder, scratch
         self._open: tuple[Setup, OpenPackage] | None = None
         self._peer: Steps | None = None

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import llmc.backends.triton.backend as triton_backend
 from benchmarks.gpu.rows import LONGEST, Row, Setup, setups
@@ -28,17 +29,13 @@ def prepare(folder: Path, rows: Sequence[Row], say: Callable[[str], None], compi
     """
     folder.mkdir(parents=True, exist_ok=True)
     remembering = Remembering(compiler)
-    before = triton_backend.compile_sources
-    triton_backend.compile_sources = remembering  # type: ignore[assignment] # what backends call
-    try:
+    with patch.object(triton_backend, "compile_sources", remembering):
         for setup in setups(rows):
             start = time.perf_counter()
             compile_setup(setup, folder)
             size = sum(p.stat().st_size for p in (folder / setup.name).rglob("*") if p.is_file())
             seconds = time.perf_counter() - start
             say(f"{setup.name}: {size / 1e6:.1f} MB in {seconds:.0f} s, {remembering.compiled} kernels compiled so far")
-    finally:
-        triton_backend.compile_sources = before
 
 
 def compile_setup(setup: Setup, folder: Path) -> None:

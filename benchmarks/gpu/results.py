@@ -1,4 +1,4 @@
-"""gpu.json: the machine, its ceilings, and each row's result, written after every row, so that a run can go on later."""
+"""gpu.json: the machine, its ceilings, each row's result; written after every row, so that a run can go on later."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.rows import Row
 
-GRACE = 30.0
-"""Seconds for a worker to start, and to end."""
+START, GRACE = 60.0, 5.0
+"""Seconds for a worker to start in; and beyond a row's budget, which it keeps itself where it can."""
 
 
 def supervise(
@@ -45,46 +45,49 @@ def _watch(
 ) -> tuple[set[str], int]:
     """Run one worker to its end; gives the names of the rows that it began, and its status."""
     names = {row.name: row for row in rows}
-    begun: set[str] = set()
-    current, limit, why = "", time.monotonic() + GRACE, "did not start"
+    watched = _Watched(deadline, say)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
-        for message in _messages(worker.stdout, lambda: limit):
+        late = False
+        for message in _messages(worker.stdout, watched):
+            late = message is None
             if message is None:
                 worker.kill()
-                why = "was stopped: it took too long"
                 break
-            current, limit = _note(message, current, begun, say)
-            limit = min(limit, deadline + GRACE)
+            watched.note(message)
         status = worker.wait()
-        why = f"ended with status {status}" if why == "did not start" else why
-    if current in names:
-        Results(out).fail(names[current], f"the worker {why} at this row")
-        say(f"{current}: the worker {why}")
-    elif not begun and status:
+    why = "was stopped, as it took too long" if late else f"ended with status {status}"
+    if watched.current in names:
+        Results(out).fail(names[watched.current], f"the worker {why}")
+        say(f"{watched.current}: the worker {why}")
+    elif late or (status and not watched.begun):
         say(f"the worker {why}")
-    return begun, status
+    return watched.begun, status
 
 
-def _note(
-    message: dict[str, object], current: str, begun: set[str], say: Callable[[str], None]
-) -> tuple[str, float]:
-    """What a message means: the row that the worker is at now, and until when it may be silent."""
-    now = time.monotonic()
-    if "row" in message:
-        name, budget = message["row"], message["budget"]
-        assert isinstance(name, str) and isinstance(budget, float | int)
-        if name:
-            begun.add(name)
-        return name, now + budget
-    if "done" in message:
-        say(f"{message['done'] or 'ceilings'}: {message['result']}")
-        return "", now + GRACE
-    say(f"{message['skipped']}: not begun, {message['left']:.0f} s are left")
-    return current, now + GRACE
+class _Watched:
+    """Where a worker is: `current` row, `begun` rows, and the time by which it must say more."""
+
+    def __init__(self, deadline: float, say: Callable[[str], None]) -> None:
+        self.current, self.begun = "", set[str]()
+        self.limit = time.monotonic() + START
+        self._deadline, self._say = deadline, say
+
+    def note(self, message: dict[str, Any]) -> None:
+        """Take a message; see `worker.work`."""
+        allowed = GRACE
+        if "row" in message:
+            self.current, allowed = message["row"], message["budget"] + GRACE
+            self.begun |= {self.current} - {""}
+        elif "done" in message:
+            self.current = ""
+            self._say(f"{message['done'] or 'ceilings'}: {message['result']}")
+        else:
+            self._say(f"{message['skipped']}: not begun, {message['left']:.0f} s are left")
+        self.limit = min(time.monotonic() + allowed, self._deadline + GRACE)
 
 
-def _messages(stream: IO[str], limit: Callable[[], float]) -> Iterator[dict[str, object] | None]:
+def _messages(stream: IO[str], watched: _Watched) -> Iterator[dict[str, Any] | None]:
     """A worker's messages; None when it was silent for longer than it may be. What is no JSON is none of them."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -96,7 +99,7 @@ def _messages(stream: IO[str], limit: Callable[[], float]) -> Iterator[dict[str,
     threading.Thread(target=read, daemon=True).start()
     while True:
         try:
-            text = lines.get(timeout=max(0.01, limit() - time.monotonic()))
+            text = lines.get(timeout=max(0.01, watched.limit - time.monotonic()))
         except queue.Empty:
             yield None
             return

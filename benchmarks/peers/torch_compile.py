@@ -6,7 +6,6 @@ PyTorch's own tinygemm kernel, with an lm_head of int8, as ours has.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.bounds import Shape
 from benchmarks.gpu.rows import Row
+from benchmarks.peers.torch_attention import ATTENTIONS, WARMING, Attention, fastest_attention, grouped
 
 GROUP = 128
 INNER_TILES = 8
-WARMING = 4
 ROTARY_BASE = 500000.0
 EPSILON = 1e-5
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Int8Linear(nn.Module):
@@ -89,34 +87,13 @@ def make_linear(outputs: int, inputs: int, weights: str, device: str) -> nn.Modu
     return linear
 
 
-def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token: the heads that share keys are rows of one product. q [batch, kv heads, group, d]."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def repeated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same as gpt-fast writes it: keys and values repeated for every head."""
-    batch, heads, group, width = q.shape
-    wide = (t.repeat_interleave(group, dim=1) for t in (k, v))
-    y = F.scaled_dot_product_attention(q.reshape(batch, heads * group, 1, width), *wide, attn_mask=mask)
-    return y.view(batch, heads, group, width)
-
-
-def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same as two products around a softmax, which the compiler may fuse as it likes."""
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    probabilities = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    return probabilities.to(v.dtype) @ v
-
-
-ATTENTIONS: dict[str, Attention] = {"grouped": grouped, "repeated": repeated, "products": products}
-
-
 class Block(nn.Module):
     """A layer with its part of the cache, [batch, kv heads, slots, head dim]."""
 
     keys: Tensor
     values: Tensor
+    norm1: Tensor
+    norm2: Tensor
 
     def __init__(self, shape: Shape, weights: str, batch: int, slots: int, attention: Attention, device: str) -> None:
         super().__init__()
@@ -155,6 +132,7 @@ class Decoder(nn.Module):
     cosine: Tensor
     sine: Tensor
     slots: Tensor
+    norm: Tensor
 
     def __init__(
         self, shape: Shape, weights: str, batch: int, slots: int, attention: Attention = grouped, device: str = "cuda"
@@ -163,9 +141,7 @@ class Decoder(nn.Module):
         self.hidden = shape.hidden
         table = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=torch.bfloat16)
         self.table = nn.Embedding.from_pretrained(table)
-        self.blocks = nn.ModuleList(
-            Block(shape, weights, batch, slots, attention, device) for _ in range(shape.layers)
-        )
+        self.blocks = nn.ModuleList(Block(shape, weights, batch, slots, attention, device) for _ in range(shape.layers))
         self.register_buffer("norm", torch.ones(shape.hidden, device=device, dtype=torch.bfloat16))
         self.head = make_linear(shape.vocabulary, shape.hidden, "bf16" if weights == "bf16" else "int8", device)
         powers = torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim
@@ -235,41 +211,3 @@ def start_row(row: Row) -> tuple[CompiledSteps, Mapping[str, Any]]:
         steps.start(WARMING)
     settings = {"mode": "reduce-overhead", "coordinate_descent_tuning": True, "attention": name}
     return steps, {"bytes": model.step_bytes(row.context), "settings": settings, "attention_microseconds": times}
-
-
-_fastest: dict[tuple[int, ...], tuple[str, dict[str, float]]] = {}
-
-
-def fastest_attention(shape: Shape, batch: int, slots: int) -> tuple[str, dict[str, float]]:
-    """The way of attention that is fastest for one layer, and microseconds of each, compiled and as graphs."""
-    key = (shape.kv_heads, shape.heads, shape.head_dim, batch, slots)
-    if key not in _fastest:
-        times = {name: _attention_microseconds(name, key) for name in ATTENTIONS}
-        _fastest[key] = (min(times, key=lambda name: times[name]), times)
-    return _fastest[key]
-
-
-def _attention_microseconds(name: str, key: tuple[int, ...]) -> float:
-    kv_heads, heads, width, batch, slots = key
-    q = torch.randn(batch, kv_heads, heads // kv_heads, width, device="cuda", dtype=torch.bfloat16)
-    # Several layers' worth, so that keys and values do not stay in the cache of the chip.
-    caches = torch.randn(32, 2, batch, kv_heads, slots, width, device="cuda", dtype=torch.bfloat16)
-    mask = (torch.arange(slots, device="cuda") < slots - 1)[None, None, None]
-    attention = ATTENTIONS[name]
-
-    def layers(q: Tensor, caches: Tensor) -> Tensor:
-        for keys, values in caches.unbind():
-            q = attention(q, keys, values, mask)
-        return q
-
-    compiled = torch.compile(layers, mode="reduce-overhead", fullgraph=True)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.no_grad():
-        for i in range(WARMING + 20):
-            if i == WARMING:
-                start.record()
-            torch.compiler.cudagraph_mark_step_begin()
-            compiled(q, caches)
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) * 1e3 / (20 * len(caches))
