@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -88,7 +88,7 @@ class Row:
 def all_rows() -> list[Row]:
     """Every row, in the order in which they run: rows of one package one after another, since opening one takes long,
     and what matters most first."""
-    return [*_decode("8b", BATCHES), *_prefill("8b"), *_beside(), *_first_token(), *_decode("1b", (1,)), _eager()]
+    return [*_decode("8b", BATCHES, prefill=True), *_beside(), *_first_token(), *_decode("1b", (1,)), _eager()]
 
 
 def select(rows: Iterable[Row], patterns: str | None) -> list[Row]:
@@ -111,18 +111,13 @@ def setups(rows: Iterable[Row]) -> list[Setup]:
     return list(dict.fromkeys(row.setup for row in rows))
 
 
-def _decode(model: str, batches: Iterable[int]) -> Iterator[Row]:
-    batches = list(batches)
+def _decode(model: str, batches: Sequence[int], prefill: bool = False) -> Iterator[Row]:
     for weights in WEIGHTS:
         for cache in CACHES:
-            for batch in batches:
-                for context in CONTEXTS:
-                    yield Row("decode", Setup(model, weights, cache), batch, context)
-
-
-def _prefill(model: str) -> Iterator[Row]:
-    for weights in WEIGHTS:
-        yield Row("prefill", Setup(model, weights, "bf16"), 1, PREFILL)
+            setup = Setup(model, weights, cache)
+            yield from (Row("decode", setup, batch, context) for batch in batches for context in CONTEXTS)
+            if prefill and cache == CACHES[0]:
+                yield Row("prefill", setup, 1, PREFILL)
 
 
 def _beside() -> Iterator[Row]:

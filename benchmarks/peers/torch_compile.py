@@ -181,10 +181,17 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 class CompiledSteps:
-    """See `timing.Steps`: the same step of a compiled decoder, at the same position."""
+    """See `timing.Steps`: the same step of a compiled decoder, at the same position. `mark` begins a step."""
 
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], batch: int, position: int, device: str) -> None:
-        self._step = step
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor], Tensor],
+        batch: int,
+        position: int,
+        device: str,
+        mark: Callable[[], object] = torch.compiler.cudagraph_mark_step_begin,
+    ) -> None:
+        self._step, self._mark = step, mark
         self._tokens = torch.ones(batch, 1, dtype=torch.long, device=device)
         self._position = torch.tensor([position], device=device)
 
@@ -192,7 +199,7 @@ class CompiledSteps:
         """See `timing.Steps`."""
         with torch.no_grad():
             for _ in range(count):
-                torch.compiler.cudagraph_mark_step_begin()
+                self._mark()
                 self._step(self._tokens, self._position)
 
 
