@@ -55,7 +55,9 @@ def load(folder: Path) -> Any:
 def logits(model: Any, token_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Logits [tokens, vocab_size] of one causal pass."""
     with torch.no_grad():
-        result: npt.NDArray[np.float32] = model(torch.tensor([np.asarray(token_ids).tolist()])).logits[0].numpy()
+        result: npt.NDArray[np.float32] = (
+            model(torch.tensor([np.asarray(token_ids).tolist()])).logits[0].float().numpy()
+        )
     return result
 
 

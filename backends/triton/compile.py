@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -67,18 +67,18 @@ def find_triton() -> str:
 def compile_sources(
     sources: Sequence[KernelSource], variant: GpuVariant, processes: int | None = None
 ) -> dict[str, Compiled]:
-    """Cubins by kernel name. Raises `LlmcError` naming the first kernel that cannot be compiled."""
-    if not sources:
+    """Cubins by kernel name, of each name one. Raises `LlmcError` naming the first kernel that cannot be compiled."""
+    by_name = {source.name: source for source in sources}
+    count = min(len(by_name), processes or len(os.sched_getaffinity(0)))
+    if not count:
         return {}
-    count = min(len(sources), processes or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory(prefix="llmc-triton-") as scratch:
         folder = Path(scratch)
-        jobs = [_job(source, variant) for source in sources]
-        answers = list(_answers(jobs, folder, count))
-        by_name = {source.name: source for source in sources}
+        answers = list(_answers([_job(source, variant) for source in by_name.values()], folder, count))
         with ThreadPoolExecutor(count) as pool:  # most of the time is spent in disassemblers, which are processes
-            made = pool.map(lambda answer: _finish(answer, by_name[answer["name"]], variant, folder), answers)
-            return dict(sorted((answer["name"], kernel) for answer, kernel in zip(answers, made, strict=True)))
+            made = list(pool.map(lambda answer: _finish(answer, by_name[answer["name"]], variant), answers))
+    by_answer = {answer["name"]: kernel for answer, kernel in zip(answers, made, strict=True)}
+    return {name: by_answer[name] for name in sorted(by_answer)}
 
 
 def _job(source: KernelSource, variant: GpuVariant) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _finish(answer: Mapping[str, Any], source: KernelSource, variant: GpuVariant, folder: Path) -> Compiled:
+def _finish(answer: Mapping[str, Any], source: KernelSource, variant: GpuVariant) -> Compiled:
     stem = Path(answer["folder"]) / f"{answer['name']}-{variant.name}"
     cubin = stem.with_suffix(".cubin").read_bytes()
     given = [kind for _, kind in source.arguments]
@@ -185,8 +185,3 @@ def _triton_folder() -> Path:
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
-
-
-def distinct(sources: Iterable[KernelSource]) -> list[KernelSource]:
-    """Each kernel once, by name."""
-    return list({source.name: source for source in sources}.values())

@@ -21,11 +21,12 @@ SMALLEST_PREFILL = 16
 @dataclass(frozen=True)
 class GpuLaunch(Launch):
     """One kernel run on a grid of programs. `workspace` bytes and `tickets` (i32, zero before and after) are what its
-    programs share; a kernel with neither is not given them."""
+    programs share; `shares`: whether the kernel is given both."""
 
     grid: tuple[int, int, int] = (1, 1, 1)
     workspace: int = 0
     tickets: int = 0
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def describe_entry(entry: GpuEntry, variant: str, buffers: Buffers) -> dict[str,
 
 
 def _described(launch: GpuLaunch, entry: GpuEntry, buffers: Buffers) -> dict[str, Any]:
-    shared = ("workspace", "tickets") if launch.tickets else ()
+    shared = ("workspace", "tickets") if launch.shares else ()
     return {
         "kernel": buffers.kernel(launch.spec.symbol),
         "grid": list(launch.grid),
@@ -109,4 +110,5 @@ def _launch(node: Node, step: Step, flops: tuple[int, int, int], traffic: tuple[
         grid=chosen.grid,
         workspace=chosen.workspace,
         tickets=chosen.tickets,
+        shares=chosen.shares,
     )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.dynamic_rotary import DynamicRotaryTable
+from llmc.backends.triton import splits
 from llmc.backends.triton.kernels import (
     attention_decode,
     attention_prefill,
@@ -17,7 +18,7 @@ from llmc.backends.triton.kernels import (
     norm,
     rope_append,
     rotary_table,
-    select_tokens,
+    select_token,
 )
 from llmc.backends.triton.ops import (
     BlockAppend,
@@ -62,13 +63,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Selected:
-    """A kernel, the values it is given in order, its grid, and what its programs share: see `plan.GpuLaunch`."""
+    """A kernel, the values it is given in order, its grid, and what its programs share (see `plan.GpuLaunch`), if
+    the kernel takes something to share at all."""
 
     spec: KernelSpec
     arguments: tuple[Value, ...]
     grid: tuple[int, int, int]
     workspace: int = 0
     tickets: int = 0
+    shares: bool = False
 
 
 _Choose = Callable[[Any, Node, Step], Selected | None]
@@ -116,8 +119,8 @@ def _width(type: TensorType) -> int:
     return width
 
 
-def _each_row(spec: KernelSpec, node: Node, rows: int, columns: int = 1) -> Selected:
-    return Selected(spec, (*node.inputs, *node.results), (rows, columns, 1))
+def _on(grid: tuple[int, int, int], spec: KernelSpec, node: Node) -> Selected:
+    return Selected(spec, (*node.inputs, *node.results), grid)
 
 
 @_kernel(Embedding)
@@ -127,20 +130,23 @@ def _embedding(op: Embedding, node: Node, step: Step) -> Selected | None:
         return None
     rows, width = table.concrete({})
     spec = embedding.embedding_spec(rows, width, table.dtype, blocks=False)
-    return _each_row(spec, node, step.tokens, blocks_of(width, embedding.BLOCK))
+    return _on((step.tokens, blocks_of(width, embedding.BLOCK), 1), spec, node)
 
 
 @_kernel(BlockEmbedding)
 def _block_embedding(op: BlockEmbedding, node: Node, step: Step) -> Selected:
     spec = embedding.embedding_spec(op.rows, op.width, node.inputs[1].type.dtype, blocks=True, format=op.format)
-    return _each_row(spec, node, step.tokens, blocks_of(op.width, embedding.BLOCK))
+    return _on((step.tokens, blocks_of(op.width, embedding.BLOCK), 1), spec, node)
 
 
 @_kernel(RoundedNorm)
 def _norm(op: RoundedNorm, node: Node, step: Step) -> Selected:
     x = node.inputs[0].type
-    spec = norm.norm_spec(_width(x), op.eps, op.centred, op.dtype, rows_dim(x))
-    return _each_row(spec, node, step.rows(rows_dim(x)))
+    dim, kind = rows_dim(x), "layer" if op.centred else "rms"
+    spec = norm.norm_spec(
+        norm=kind, hidden=_width(x), eps=op.eps, residual=False, out_dtype=op.dtype.value, rows_dim=dim
+    )
+    return _on(norm.norm_grid(spec, step.rows(dim)), spec, node)
 
 
 @_kernel(RotaryTable)
@@ -148,13 +154,21 @@ def _rotary_table(op: RotaryTable, node: Node, step: Step) -> Selected | None:
     frequencies = node.inputs[1].type
     if frequencies.rank != 1:
         return None
-    return _each_row(rotary_table.table_spec(_width(frequencies), op.scaling), node, step.tokens)
+    spec = rotary_table.rotary_table_spec(rotary_dim=2 * _width(frequencies), scaling=op.scaling, rows_dim=0)
+    return _on(rotary_table.rotary_table_grid(spec, step.tokens), spec, node)
 
 
 @_kernel(DynamicRotaryTable)
 def _dynamic_table(op: DynamicRotaryTable, node: Node, step: Step) -> Selected:
-    spec = rotary_table.dynamic_table_spec(op.rotary_dim // 2, op.scaling, op.base, op.factor, op.max_positions)
-    return _each_row(spec, node, step.tokens)
+    spec = rotary_table.dynamic_rotary_table_spec(
+        rotary_dim=op.rotary_dim,
+        base=op.base,
+        factor=op.factor,
+        max_positions=op.max_positions,
+        scaling=op.scaling,
+        rows_dim=0,
+    )
+    return _on(rotary_table.rotary_table_grid(spec, step.tokens), spec, node)
 
 
 @_kernel(BlockLinear)
@@ -186,36 +200,36 @@ def _product(
     spec, tiling = product_kernel(op, x.dtype, weight, step.rows(dim), dim, step.variant, **epilogue)
     m = step.rows(dim)
     workspace = tiling.workspace_bytes(op.rows, op.width, m)
-    return Selected(spec, given, (tiling.programs, 1, 1), workspace, tiling.tiles(op.rows, m))
+    return Selected(spec, given, (tiling.programs, 1, 1), workspace, tiling.tiles(op.rows, m), shares=True)
 
 
 @_kernel(RoundedAppend)
 def _rounded_append(op: RoundedAppend, node: Node, step: Step) -> Selected:
-    state = node.inputs[4 if op.rotary_dim else 2].type
+    qkv, state = node.inputs[0].type, node.inputs[4 if op.rotary_dim else 2].type
     heads = (op.num_heads, op.num_kv_heads, op.head_dim, op.rotary_dim, op.layout)
-    spec = rope_append.append_spec(*heads, op.dtype, state.dtype, _width(state))
-    return Selected(spec, (*node.inputs, node.results[0]), (step.tokens, op.num_heads + 2 * op.num_kv_heads, 1))
+    spec = rope_append.append_spec(*heads, qkv.dtype.value, op.dtype.value, state.dtype.value, _width(state))
+    return Selected(spec, (*node.inputs, node.results[0]), rope_append.grid(spec, step.tokens))
 
 
 @_kernel(PagedAttention)
 def _attention(op: PagedAttention, node: Node, step: Step) -> Selected:
-    q, key = node.inputs[0].type, node.inputs[1].type
-    size = _width(key)
+    q, key = node.inputs[0].type.dtype.value, node.inputs[1].type
+    meant = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "soft_cap", "sinks")
+    told: dict[str, Any] = {name: getattr(op, name) for name in meant}
+    states: dict[str, Any] = {
+        "dtype": q,
+        "state_dtype": key.dtype.value,
+        "block_size": _width(key),
+        "variant": step.variant,
+    }
     if not step.decode:
-        spec = attention_prefill.prefill_spec(op, q.dtype, key.dtype, size, step.tokens, step.sequences)
-        tiles = attention_prefill.tiles(spec, step.tokens, step.sequences)
-        return Selected(spec, (*node.inputs, *node.results), (tiles, op.num_kv_heads, 1))
-    count = attention_decode.splits(step.tokens, op.num_kv_heads, op.window or step.longest, step.variant)
-    spec = attention_decode.decode_spec(op, q.dtype, key.dtype, size, count)
-    query_start = 4 if op.scaled else 2
-    given = [v for i, v in enumerate(node.inputs) if i != 2 + query_start]
-    return Selected(
-        spec,
-        (*given, *node.results),
-        (step.tokens, op.num_kv_heads, count),
-        attention_decode.workspace_bytes(spec, step.tokens),
-        step.tokens * op.num_kv_heads,
-    )
+        spec = attention_prefill.prefill_spec(**told, **states, tokens=step.tokens, sequences=step.sequences)
+        return Selected(spec, (*node.inputs, *node.results), attention_prefill.grid(spec, step.tokens, step.sequences))
+    spec = attention_decode.decode_spec(**told, **states, sequences=step.tokens, longest=step.longest)
+    query_start = node.inputs[4 + 2 * op.scaled]
+    given = tuple(v for v in node.inputs if v != query_start)
+    workspace, tickets = splits.workspace_bytes(spec, step.tokens), splits.tickets(spec, step.tokens)
+    return Selected(spec, (*given, *node.results), splits.grid(spec, step.tokens), workspace, tickets, shares=True)
 
 
 @_kernel(GatherRows)
@@ -223,13 +237,16 @@ def _gather_rows(op: GatherRows, node: Node, step: Step) -> Selected | None:
     x = node.inputs[0].type
     if x.rank != 2 or not x.dtype.is_float:
         return None
-    columns = blocks_of(_width(x), gather_rows.BLOCK)
-    return _each_row(gather_rows.gather_spec(_width(x), x.dtype), node, step.outputs, columns)
+    grid = (step.outputs, blocks_of(_width(x), gather_rows.BLOCK), 1)
+    return _on(grid, gather_rows.gather_spec(_width(x), x.dtype), node)
 
 
 @_kernel(SelectTokens)
 def _select_tokens(op: SelectTokens, node: Node, step: Step) -> Selected:
-    return _each_row(select_tokens.select_spec(_width(node.inputs[0].type)), node, step.outputs)
+    spec = select_token.select_token_spec(vocab=_width(node.inputs[0].type))
+    floats, tickets = select_token.select_token_workspace(spec, step.outputs)
+    grid = select_token.select_token_grid(spec, step.outputs)
+    return Selected(spec, (*node.inputs, *node.results), grid, 4 * floats, tickets, shares=True)
 
 
 @_kernel(Add)
@@ -244,7 +261,7 @@ def _multiply(op: Mul, node: Node, step: Step) -> Selected | None:
 
 @_kernel(MulScalar)
 def _scale(op: MulScalar, node: Node, step: Step) -> Selected | None:
-    return _elementwise("none", node, step, op.value)
+    return _elementwise("scale", node, step, op.value)
 
 
 @_kernel(Cast)
@@ -260,14 +277,22 @@ for _name, _kind in ACTIVATIONS.items():
     _TABLE[_kind] = _activation(_name)
 
 
-def _elementwise(operation: str, node: Node, step: Step, factor: float = 1.0) -> Selected | None:
+def _elementwise(operation: str, node: Node, step: Step, factor: float | None = None) -> Selected | None:
     """Rows of one shape: what broadcasts has no kernel."""
     type = node.types[0]
     if type.rank != 2 or not symbols_of(type.shape[0]) or any(v.type.shape != type.shape for v in node.inputs):
         return None
-    dtypes = tuple(v.type.dtype for v in node.inputs)
-    if any(d not in (DType.F32, DType.F16, DType.BF16) for d in (*dtypes, type.dtype)):
+    dtypes = [v.type.dtype for v in (*node.inputs, node.results[0])]
+    if any(d not in (DType.F32, DType.F16, DType.BF16) for d in dtypes):
         return None
-    dim = rows_dim(type)
-    spec = elementwise.elementwise_spec(operation, _width(type), dtypes, type.dtype, dim, factor)
-    return _each_row(spec, node, step.rows(dim), blocks_of(_width(type), elementwise.BLOCK))
+    dim, (x, *y, out) = rows_dim(type), (d.value for d in dtypes)
+    spec = elementwise.elementwise_spec(
+        operation=operation,
+        width=_width(type),
+        x_dtype=x,
+        out_dtype=out,
+        rows_dim=dim,
+        y_dtype=y[0] if y else None,
+        factor=factor,
+    )
+    return _on(elementwise.elementwise_grid(spec, step.rows(dim)), spec, node)

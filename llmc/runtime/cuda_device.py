@@ -63,7 +63,7 @@ class CudaDevice:
         self._host: dict[int, NDArray[np.uint8]] = {}
         self._functions: dict[str, int] = {}
         self._context = self._pointer("cuDevicePrimaryCtxRetain", self._device, what=f"{self.name}: a context")
-        self._closed = False
+        self._closed, self._stream = False, 0
         try:
             with self._current():
                 self._stream = self._take("cuStreamCreate", "cuStreamDestroy_v2", _NON_BLOCKING)
@@ -194,6 +194,8 @@ class CudaDevice:
             except BaseException:
                 # The stream is of no use until the recording has ended, however it ends.
                 self._api.functions["cuStreamEndCapture"](self._stream, ctypes.byref(graph))
+                if graph.value:
+                    self._api.functions["cuGraphDestroy"](graph.value)
                 raise
             call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,7 @@ def read_images(path: Path, kernels: Mapping[str, Kernel], ptx: bool) -> Iterato
                 yield kernel, data
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ArithmeticError, RuntimeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path} is no archive that this runtime reads: {error}; compile the package again") from error
@@ -98,6 +99,9 @@ def _member(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
         info = archive.getinfo(name)
     except KeyError:
         raise ModelError(f"{path} has no {name!r}; the package is damaged, compile it again") from None
+    # Other methods bring other errors, and not every Python has them.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ModelError(f"{path}: {name} is neither stored nor deflated; the package is damaged")
     # The size that the archive states may be a lie: what is read is bounded as well.
     with archive.open(info) as file:
         data = file.read(_MAX_IMAGE + 1)

@@ -120,7 +120,7 @@ def out_of_memory(plan: MemoryPlan, device: str) -> ModelError:
 def load_weights(device: Device, path: Path, size: int, address: int) -> None:
     """Copy `size` bytes of a file to device memory: while one part is copied the next is read. Waits for the last.
 
-    Raises `ModelError` where the file cannot be read or is shorter.
+    Raises `ModelError` where the file cannot be read or is shorter; the device is then of no more use.
     """
     stream = device.current_stream()
     staging = [device.allocate_host(max(1, min(size, STAGING))) for _ in range(2)]
@@ -141,10 +141,9 @@ def load_weights(device: Device, path: Path, size: int, address: int) -> None:
                 device.record(event, stream)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    finally:
-        device.synchronize(stream)
-        for buffer in staging:
-            device.free_host(buffer)
+    device.synchronize(stream)
+    for buffer in staging:
+        device.free_host(buffer)
 
 
 def aligned(size: int) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmc.runtime.arguments import GenerationOptions
 from llmc.runtime.errors import ModelError
-from llmc.runtime.sampler import distribution, draw, next_token, penalize, philox, uniform
+from llmc.runtime.sampler import distribution, draw, next_token, penalize, philox, sampling_row, uniform
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -170,3 +170,23 @@ def test_logits_that_are_not_finite(bad: float) -> None:
 def test_masked_logits_are_never_drawn() -> None:
     tokens, probabilities = distribution(np.array([-np.inf, 0, -np.inf, 0], np.float32), 1.0, None, None, None)
     assert {draw(tokens, probabilities, uniform(1, 0, p)) for p in range(200)} == {1, 3}
+
+
+def as_float(word: int) -> float:
+    return float(np.array([word], np.int32).view(np.float32)[0])
+
+
+def test_a_row_for_a_device_that_samples() -> None:
+    row = sampling_row(options(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125), (3 << 32) + 0xFFFFFFFF, 9, 41)
+    assert [as_float(row[i]) for i in (0, 2, 3)] == [0.5, 0.25, 0.125]
+    assert (row[1], *row[4:]) == (7, -1, 3, 9, 41)
+    assert np.array([row], np.int32).shape == (1, 8)
+
+
+def test_what_a_row_says_of_options_that_are_off_or_extreme() -> None:
+    row = sampling_row(options(temperature=1.0), 0, 0, 0)
+    assert [as_float(row[i]) for i in (0, 2, 3)] == [1.0, 1.0, 0.0] and row[1] == 0
+    assert sampling_row(options(temperature=0.0, top_p=0.5), 0, 0, 0)[0] == 0, "greedy"
+    tiny = sampling_row(options(temperature=1e-300, top_p=1e-300, top_k=1 << 40), 0, 0, 0)
+    assert as_float(tiny[0]) > 0 and as_float(tiny[2]) > 0 and tiny[1] == (1 << 31) - 1, "not greedy, not off"
+    assert np.isfinite(as_float(sampling_row(options(temperature=1e300), 0, 0, 0)[0]))

@@ -1,4 +1,4 @@
-"""Kernel kinds: for each, a module whose `source` makes the Triton kernel of a specification."""
+"""Kernel kinds: for each, a function that makes the Triton kernel of a specification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmc.backends.triton.kernels import (
     norm,
     rope_append,
     rotary_table,
-    select_tokens,
+    select_token,
 )
 from llmc.backends.triton.source import KernelSource, Maker
 from llmc.ir.target import GpuVariant
@@ -23,6 +23,7 @@ from llmc.ir.target import GpuVariant
 MAKERS: Mapping[str, Maker] = {
     "attention_decode": attention_decode.source,
     "attention_prefill": attention_prefill.source,
+    "dynamic_rotary_table": rotary_table.dynamic_source,
     "elementwise": elementwise.source,
     "embedding": embedding.source,
     "gather_rows": gather_rows.source,
@@ -30,7 +31,7 @@ MAKERS: Mapping[str, Maker] = {
     "norm": norm.source,
     "rope_append": rope_append.source,
     "rotary_table": rotary_table.source,
-    "select_tokens": select_tokens.source,
+    "select_token": select_token.source,
 }
 """By kind."""
 

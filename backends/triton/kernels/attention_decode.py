@@ -1,45 +1,89 @@
-"""Attention of one token of each sequence, the context cut into splits."""
+"""Attention of one token per sequence: a program for each sequence, kv head and split of the context."""
 
 from __future__ import annotations
 
 from llmc.backends.base import KernelSpec
-from llmc.backends.triton.kernels.attention import SMALLEST_ROWS, attention_source, attention_spec, shared_rows
+from llmc.backends.render import render
+from llmc.backends.triton.kernels.attention_parts import (
+    LEAST,
+    arguments,
+    constants,
+    expects_fp8,
+    semantics,
+)
 from llmc.backends.triton.source import KernelSource
-from llmc.ir.ops.attention import PagedAttention
+from llmc.backends.triton.splits import splits
 from llmc.ir.target import GpuVariant
-from llmc.ir.types import DType
-
-SHORTEST_SPLIT = 128
-"""Positions: a shorter split would take less time to read than to add to the others."""
-RESIDENT = 2
-"""Programs of a multiprocessor that together keep its loads under way."""
 
 
-def splits(sequences: int, num_kv_heads: int, longest: int, variant: GpuVariant) -> int:
-    """Into how many parts a context of up to `longest` positions is cut, so that all multiprocessors have work."""
-    wanted = -(-RESIDENT * variant.multiprocessors // (sequences * num_kv_heads))
-    most = -(-longest // SHORTEST_SPLIT)
-    return max(1, min(wanted, most, 64))
-
-
-def decode_spec(op: PagedAttention, dtype: DType, state: DType, block_size: int, count: int) -> KernelSpec:
-    """Attention cut into `count` splits; see `attention_spec`."""
-    stages, warps = (3, 4) if op.head_dim <= 128 else (2, 8)
-    rows = max(SMALLEST_ROWS, shared_rows(op.num_heads, op.num_kv_heads))
-    return attention_spec(
-        "attention_decode", op, dtype, state, block_size, splits=count, rows=rows, stages=stages, warps=warps
+def decode_spec(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: bool,
+    dtype: str,
+    state_dtype: str,
+    block_size: int,
+    sequences: int,
+    longest: int,
+    variant: GpuVariant,
+) -> KernelSpec:
+    """The kernel for a bucket of so many sequences, of at most `longest` tokens each. `window` 0: all tokens are seen;
+    `soft_cap` 0: none; `dtype`: of q and the result; dtypes by their names. See `splits` for grid and workspace."""
+    told = semantics(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        block_size=block_size,
+    )
+    seen = min(longest, window) if window else longest
+    wide, thin = head_dim > 128, state_dtype in ("f8e4m3", "i8")
+    tile = 128 if thin and not wide else 64
+    if dtype == "f32":  # without tensor cores, and all of a tile in registers
+        tile = 32 if not wide else 16
+    rows = max(LEAST, 1 << (num_heads // num_kv_heads - 1).bit_length())
+    return KernelSpec.of(
+        "attention_decode",
+        **told,
+        splits=splits(sequences, num_kv_heads, seen, variant),
+        rows=rows,
+        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
+        tile=max(tile, block_size),
+        stages=2 if wide or dtype == "f32" or state_dtype == "f32" else 3,
+        warps=4,
     )
 
 
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """See `decode_spec`. Raises `LlmcError` where the architecture cannot read the states."""
-    p = dict(spec.parameters)
-    constants = [("ROWS", p["rows"]), ("SPLITS", p["splits"])]
-    return attention_source(spec, target, ["position_ptr", "table_ptr"], constants, shared=True)
-
-
-def workspace_bytes(spec: KernelSpec, sequences: int) -> int:
-    """What the splits leave for each other."""
-    p = dict(spec.parameters)
-    width = max(16, 1 << (p["head_dim"] - 1).bit_length())
-    return int(4 * sequences * p["num_kv_heads"] * p["splits"] * p["rows"] * (width + 2))
+    """Arguments: q, key, value, [key_scale, value_scale,] positions, block_tables, [sinks,] out, workspace, tickets,
+    dims. Parameters: see `decode_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
+    parameters = dict(spec.parameters)
+    expects_fp8(parameters, target)
+    return KernelSource(
+        spec.symbol,
+        render(
+            "triton/attention_decode.py.jinja",
+            name=spec.symbol,
+            scaled=parameters["state_dtype"] == "i8",
+            sinks=parameters["sinks"],
+        ),
+        (
+            *arguments(parameters, "positions_ptr", "block_tables_ptr"),
+            ("workspace_ptr", "*fp32"),
+            ("tickets_ptr", "*i32"),
+            ("dims_ptr", "*i32"),
+        ),
+        (*constants(parameters, target), ("SPLITS", parameters["splits"])),
+        num_warps=parameters["warps"],
+        num_stages=parameters["stages"],
+        weights=2 * parameters["tile"] * parameters["head_dim"],
+    )

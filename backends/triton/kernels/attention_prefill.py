@@ -1,47 +1,100 @@
-"""Attention of a ragged batch: chunks of prompts."""
+"""Attention of chunks of sequences: a program for each tile of tokens of one sequence and kv head."""
 
 from __future__ import annotations
 
 from llmc.backends.base import KernelSpec
-from llmc.backends.triton.kernels.attention import SMALLEST_ROWS, attention_source, attention_spec, shared_rows
+from llmc.backends.render import render
+from llmc.backends.triton.kernels.attention_parts import (
+    LEAST,
+    arguments,
+    constants,
+    expects_fp8,
+    semantics,
+)
 from llmc.backends.triton.source import KernelSource
-from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.target import GpuVariant
-from llmc.ir.types import DType
+
+ROWS = 128
+"""Rows of a tile, tokens times heads of a group, where tokens are many."""
 
 
 def prefill_spec(
-    op: PagedAttention, dtype: DType, state: DType, block_size: int, tokens: int, sequences: int
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: bool,
+    dtype: str,
+    state_dtype: str,
+    block_size: int,
+    tokens: int,
+    sequences: int,
+    variant: GpuVariant,
 ) -> KernelSpec:
-    """Attention of up to `tokens` tokens of `sequences` sequences; see `attention_spec`."""
-    shared = shared_rows(op.num_heads, op.num_kv_heads)
-    rows = 128 if tokens >= 128 and op.head_dim <= 128 else 64 if tokens >= 64 else SMALLEST_ROWS
-    each = max(1, min(rows, max(SMALLEST_ROWS, tokens * shared)) // shared)
-    while each * shared < SMALLEST_ROWS:
-        each *= 2
-    bound = 1 << (sequences - 1).bit_length()
-    return attention_spec(
+    """The kernel for a bucket of so many tokens of at most `sequences` sequences; other arguments as in
+    `decode_spec`."""
+    told = semantics(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        block_size=block_size,
+    )
+    group = num_heads // num_kv_heads
+    wide = head_dim > 128
+    needed = 1 << (tokens * group - 1).bit_length()
+    if dtype == "f32":  # without tensor cores, and all of a tile in registers
+        most, tile = (32, 32) if not wide else (16, 16)
+    else:
+        most, tile = (ROWS if not wide else 64), 64
+    rows = max(LEAST, 1 << (group - 1).bit_length(), min(most, needed))
+    return KernelSpec.of(
         "attention_prefill",
-        op,
-        dtype,
-        state,
-        block_size,
-        tokens=each,
-        shared=shared,
-        sequences=bound,
-        stages=2 if op.head_dim <= 128 else 1,
-        warps=8 if each * shared >= 128 or op.head_dim > 128 else 4,
+        **told,
+        sequences=1 << (sequences - 1).bit_length(),
+        rows=rows,
+        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
+        tile=max(tile, block_size),
+        stages=2,
+        warps=8 if rows == 128 and dtype != "f32" else 4,
     )
 
 
+def grid(spec: KernelSpec, tokens: int, sequences: int) -> tuple[int, int, int]:
+    """The grid: as many tiles as so many tokens of so many sequences can need, kv heads."""
+    parameters = dict(spec.parameters)
+    held = parameters["rows"] * parameters["num_kv_heads"] // parameters["num_heads"]
+    sequences = min(sequences, tokens)
+    # Each sequence begins a tile; the tokens beyond fill whole ones at best.
+    return sequences + (tokens - sequences) // held, parameters["num_kv_heads"], 1
+
+
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """See `prefill_spec`. Raises `LlmcError` where the architecture cannot read the states."""
-    p = dict(spec.parameters)
-    constants = [("TOKENS", p["tokens"]), ("SHARED", p["shared"]), ("SEQUENCES", p["sequences"])]
-    return attention_source(spec, target, ["position_ptr", "query_start_ptr", "table_ptr"], constants, shared=False)
-
-
-def tiles(spec: KernelSpec, tokens: int, sequences: int) -> int:
-    """Tiles at most: each sequence may leave one partly empty."""
-    each: int = dict(spec.parameters)["tokens"]
-    return min(tokens, tokens // each + sequences)
+    """Arguments: q, key, value, [key_scale, value_scale,] positions, query_start, block_tables, [sinks,] out, dims.
+    Parameters: see `prefill_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
+    parameters = dict(spec.parameters)
+    expects_fp8(parameters, target)
+    return KernelSource(
+        spec.symbol,
+        render(
+            "triton/attention_prefill.py.jinja",
+            name=spec.symbol,
+            scaled=parameters["state_dtype"] == "i8",
+            sinks=parameters["sinks"],
+        ),
+        (
+            *arguments(parameters, "positions_ptr", "query_start_ptr", "block_tables_ptr"),
+            ("dims_ptr", "*i32"),
+        ),
+        (*constants(parameters, target), ("SEQUENCES", parameters["sequences"])),
+        num_warps=parameters["warps"],
+        num_stages=parameters["stages"],
+        weights=2 * parameters["tile"] * parameters["head_dim"],
+    )

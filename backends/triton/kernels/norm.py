@@ -1,40 +1,69 @@
-"""RMS norms and layer norms of rows."""
+"""RMS and layer normalisation of rows, alone and after a residual addition."""
 
 from __future__ import annotations
 
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
-from llmc.backends.triton.source import POINTERS, KernelSource
+from llmc.backends.triton.kernels.common import DIMS, Grid, is_dependent, pointer, power_of_two
+from llmc.backends.triton.source import KernelSource
 from llmc.ir.target import GpuVariant
-from llmc.ir.types import DType
+
+LARGEST = 16384
+"""The widest row that one program keeps in registers."""
+
+_PER_THREAD = 16
+"""Elements of a row in one thread: enough loads under way, and few enough registers for a row of `LARGEST`."""
 
 
-def norm_spec(width: int, eps: float, centred: bool, dtype: DType, rows_dim: int) -> KernelSpec:
-    """A norm of x f32 [dims[rows_dim], width], rounded to `dtype`; `centred`: a layer norm, with a bias."""
-    return KernelSpec.of("norm", width=width, eps=eps, centred=centred, dtype=dtype.value, rows_dim=rows_dim)
+def norm_spec(
+    *, norm: str, hidden: int, eps: float, residual: bool, out_dtype: str, rows_dim: int, x_dtype: str = "f32"
+) -> KernelSpec:
+    """`norm` is "rms" or "layer". Arguments: x [rows, hidden], [residual f32], weight f32 [hidden], [bias f32 [hidden]
+    of a layer norm], [sum f32 [rows, hidden], with a residual], out [rows, hidden], dims."""
+    assert norm in ("rms", "layer"), norm
+    assert 1 <= hidden <= LARGEST, f"rows of {hidden}"
+    return KernelSpec.of(
+        "norm",
+        norm=norm,
+        hidden=hidden,
+        eps=eps,
+        residual=residual,
+        out_dtype=out_dtype,
+        rows_dim=rows_dim,
+        x_dtype=x_dtype,
+    )
+
+
+def norm_grid(spec: KernelSpec, rows: int) -> Grid:
+    """A program for each row."""
+    return rows, 1, 1
 
 
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """See `norm_spec`."""
+    """The kernel of `norm_spec`."""
     p = dict(spec.parameters)
-    block = 1 << (p["width"] - 1).bit_length()
-    bias = (("bias_ptr", "*fp32"),) if p["centred"] else ()
+    layer, residual = p["norm"] == "layer", p["residual"]
+    block = power_of_two(p["hidden"])
+    arguments = [
+        ("x_ptr", pointer(p["x_dtype"])),
+        *([("residual_ptr", "*fp32")] if residual else []),
+        ("weight_ptr", "*fp32"),
+        *([("bias_ptr", "*fp32")] if layer else []),
+        *([("sum_ptr", "*fp32")] if residual else []),
+        ("out_ptr", pointer(p["out_dtype"])),
+        DIMS,
+    ]
     return KernelSource(
         spec.symbol,
-        render("triton/norm.py.jinja", name=spec.symbol, centred=p["centred"]),
+        render("triton/norm.py.jinja", name=spec.symbol, layer=layer, residual=residual),
+        tuple(arguments),
         (
-            ("x_ptr", "*fp32"),
-            ("weight_ptr", "*fp32"),
-            *bias,
-            ("out_ptr", POINTERS[DType(p["dtype"])]),
-            ("dims_ptr", "*i32"),
-        ),
-        (
-            ("WIDTH", p["width"]),
+            ("HIDDEN", p["hidden"]),
+            ("EPSILON", p["eps"]),
             ("BLOCK", block),
-            ("EPS", p["eps"]),
+            ("EARLY", block < LARGEST),  # a thread of a block of 1024 has no registers for parameters that wait
             ("ROWS_DIM", p["rows_dim"]),
-            ("PDL", target is not None and target.has_dependent_launch),
+            ("PDL", is_dependent(target)),
         ),
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=max(1, min(32, block // (32 * _PER_THREAD))),
     )

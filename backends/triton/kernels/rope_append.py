@@ -1,10 +1,12 @@
-"""Rotation and append, for what the product that makes queries, keys and values does not do itself."""
+"""The joint projection taken apart: queries and keys rotated, keys and values written to their slots."""
 
 from __future__ import annotations
 
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
+from llmc.backends.triton.kernels.attention_parts import COMPUTE, STATES, expects_fp8, state_pointer
 from llmc.backends.triton.source import POINTERS, KernelSource
+from llmc.ir.errors import LlmcError
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
 
@@ -15,11 +17,15 @@ def append_spec(
     head_dim: int,
     rotary_dim: int,
     layout: str,
-    dtype: DType,
-    state: DType,
+    input_dtype: str,
+    dtype: str,
+    state_dtype: str,
     block_size: int,
 ) -> KernelSpec:
-    """Queries rounded to `dtype`, keys and values to `state` (i8: with scales), in pages of `block_size` positions."""
+    """`rotary_dim` 0: nothing is rotated, and there are no cos and sin; `input_dtype` of qkv, `dtype` of q. Raises
+    `LlmcError` for dtypes that no kernel has."""
+    if input_dtype not in COMPUTE or dtype not in COMPUTE or state_dtype not in STATES:
+        raise LlmcError(f"appending {input_dtype} to a cache of {state_dtype}, queries in {dtype}: no kernel does that")
     return KernelSpec.of(
         "rope_append",
         num_heads=num_heads,
@@ -27,33 +33,47 @@ def append_spec(
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         layout=layout,
-        dtype=dtype.value,
-        state=state.value,
+        input_dtype=input_dtype,
+        dtype=dtype,
+        state_dtype=state_dtype,
         block_size=block_size,
     )
 
 
+def grid(spec: KernelSpec, tokens: int) -> tuple[int, int, int]:
+    """The grid of a bucket of so many tokens."""
+    parameters = dict(spec.parameters)
+    return tokens, parameters["num_heads"] + 2 * parameters["num_kv_heads"], 1
+
+
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """See `append_spec`."""
-    p = dict(spec.parameters)
-    state, scaled, rotated = DType(p["state"]), p["state"] == "i8", p["rotary_dim"] > 0
-    pointers = [("qkv_ptr", DType.F32)]
-    pointers += [("cos_ptr", DType.F32), ("sin_ptr", DType.F32)] if rotated else []
-    pointers += [("slot_ptr", DType.I32), ("key_ptr", state), ("value_ptr", state)]
-    pointers += [("key_scale_ptr", DType.F32), ("value_scale_ptr", DType.F32)] if scaled else []
-    pointers += [("out_ptr", DType(p["dtype"])), ("dims_ptr", DType.I32)]
+    """Arguments: qkv, [cos, sin,] slot_mapping, key, value, [key_scale, value_scale,] q, dims; the states are changed
+    in place. Parameters: see `append_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
+    parameters = dict(spec.parameters)
+    expects_fp8(parameters, target)
+    rotated, scaled = parameters["rotary_dim"] > 0, parameters["state_dtype"] == "i8"
+    state = state_pointer(parameters["state_dtype"])
     return KernelSource(
         spec.symbol,
-        render("triton/rope_append.py.jinja", name=spec.symbol, rotated=rotated, scaled=scaled, state=p["state"]),
-        tuple((name, POINTERS[of]) for name, of in pointers),
+        render("triton/rope_append.py.jinja", name=spec.symbol, rotated=rotated, scaled=scaled),
         (
-            ("HEADS", p["num_heads"]),
-            ("KV_HEADS", p["num_kv_heads"]),
-            ("HEAD_DIM", p["head_dim"]),
-            ("WIDTH", 1 << (p["head_dim"] - 1).bit_length()),
-            ("ROTARY_DIM", p["rotary_dim"]),
-            ("INTERLEAVED", p["layout"] == "interleaved"),
-            ("BLOCK_SIZE", p["block_size"]),
+            ("qkv_ptr", POINTERS[DType(parameters["input_dtype"])]),
+            *((("cos_ptr", "*fp32"), ("sin_ptr", "*fp32")) if rotated else ()),
+            ("slots_ptr", "*i32"),
+            ("key_ptr", state),
+            ("value_ptr", state),
+            *((("key_scale_ptr", "*fp32"), ("value_scale_ptr", "*fp32")) if scaled else ()),
+            ("q_ptr", POINTERS[DType(parameters["dtype"])]),
+            ("dims_ptr", "*i32"),
+        ),
+        (
+            ("HEADS", parameters["num_heads"]),
+            ("KV_HEADS", parameters["num_kv_heads"]),
+            ("HEAD_DIM", parameters["head_dim"]),
+            ("D", 1 << (parameters["head_dim"] - 1).bit_length()),
+            ("ROTARY_DIM", parameters["rotary_dim"]),
+            ("INTERLEAVED", parameters["layout"] == "interleaved"),
+            ("BLOCK_SIZE", parameters["block_size"]),
             ("PDL", target is not None and target.has_dependent_launch),
         ),
         num_warps=1,

@@ -22,6 +22,7 @@ TENSORS = {
     "*i32": torch.int32,
     "*i8": torch.int8,
     "*u8": torch.uint8,
+    "*fp8e4nv": torch.float8_e4m3fn,
 }
 
 

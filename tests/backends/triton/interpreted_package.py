@@ -16,6 +16,7 @@ from llmc.options import CompileOptions, Limits
 from llmc.runtime.cuda_executor import CudaExecutor
 from llmc.runtime.cuda_kernels import read_kernels
 from llmc.runtime.cuda_plan import read_cuda_plan
+from llmc.runtime.document import read_document
 from llmc.runtime.manifest import read_manifest
 from llmc.runtime.model import Model
 from tests.backends.triton.interpreted_device import InterpretedDevice
@@ -56,7 +57,8 @@ def load_interpreted(folder: Path, sources: dict[str, KernelSource]) -> tuple[Mo
     facts = manifest.model
     blocks = -(-facts.max_sequence_length // plan.block_size)
     executor = CudaExecutor(plan, kernels, device, folder / variant.weights, size, facts.vocab_size, blocks)
-    return Model(executor, facts, info=dict(manifest.raw)), device
+    checks = read_document(folder / "checks.json")
+    return Model(executor, facts, checks=checks, info=dict(manifest.raw)), device
 
 
 def _pretended(source: KernelSource) -> Compiled:

@@ -1,4 +1,4 @@
-"""Runs a kernel's source in Triton's interpreter on CPU tensors, with bf16 arithmetic made right.
+"""Runs a kernel's source in Triton's interpreter on CPU tensors, with bf16 arithmetic and 8-bit floats made right.
 
 The interpreter keeps bf16 as uint16 and calculates with the bit patterns (triton-lang/triton#11584), and rounds to
 8-bit floats wrongly; the replacements below round as the GPU does. It reads the environment when triton is imported, so
@@ -44,6 +44,17 @@ def f32_to_bf16(values: Any) -> Any:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def f32_to_fp8(values: Any) -> Any:
+    """f32 -> uint8, to the nearest, ties to even, saturated: what cvt.rn.satfinite.e4m3x2.f32 does."""
+    wide = np.ascontiguousarray(values, dtype=np.float32)
+    return np.clip(wide, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def fp8_to_f32(bits: Any) -> Any:
+    """uint8 -> f32, exact."""
+    return np.ascontiguousarray(bits).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
 def _is_bf16(handle: Any) -> bool:
     return bool(handle.dtype.scalar == tl.bfloat16)
 
@@ -69,10 +80,12 @@ def _mend() -> None:
         return cast(self, source, target)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if target.scalar == tl.float8e4nv:  # its own loses the carry of a mantissa that is rounded up
-            wide = cast_impl(self, source, tl.float32).data if source.dtype.scalar != tl.float32 else source.data
-            return _HANDLE(wide.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), tl.float8e4nv)
-        kinds = {source.dtype.scalar, target.scalar}
+        old, new = source.dtype.scalar, target.scalar
+        kinds = {old, new}
+        if new == tl.float8e4nv:
+            return _HANDLE(f32_to_fp8(cast_impl(self, source, tl.float32).data), new)
+        if old == tl.float8e4nv:
+            return cast_impl(self, _HANDLE(fp8_to_f32(source.data), tl.float32), new)
         if tl.bfloat16 in kinds and kinds <= {tl.bfloat16, tl.float16, tl.float32, tl.float64}:
             return cast_impl(self, source, target)
         return convert(self, _widened(source), target, rounding)

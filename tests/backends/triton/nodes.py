@@ -48,7 +48,7 @@ def run_node(node: Node, step: Step, arrays: Mapping[Value, Array], sizes: Mappi
             tensors[root] = as_tensor(filled.astype(value.type.dtype.numpy), value.type.dtype)
     given = [tensors[storage(v)] for v in chosen.arguments]
     tickets = torch.zeros(max(1, chosen.tickets), dtype=torch.int32)
-    if chosen.tickets:
+    if chosen.shares:
         given += [torch.full((max(1, chosen.workspace // 4),), torch.nan), tickets]
     order = ("tokens", "sequences", "max_blocks", "outputs")
     given.append(torch.tensor([sizes.get(n, 1) for n in order], dtype=torch.int32))

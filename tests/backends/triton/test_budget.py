@@ -3,6 +3,8 @@ element of a key or value, than the chip can start while memory delivers it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from llmc.backends.triton.compile import Compiled, compile_sources
@@ -12,7 +14,6 @@ from llmc.backends.triton.ops import BlockLinear
 from llmc.backends.triton.products import product_kernel
 from llmc.backends.triton.source import KernelSource
 from llmc.ir.errors import LlmcError
-from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GPU_VARIANTS
 from llmc.ir.types import DType
@@ -44,6 +45,22 @@ def linear(format: str, rows: int, variant: str) -> KernelSource:
     return source(spec, GPU_VARIANTS[variant])
 
 
+def attention(head_dim: int, state: DType) -> dict[str, Any]:
+    """Four heads of queries to one of keys, as in an 8B model."""
+    return {
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "window": 0,
+        "soft_cap": 0.0,
+        "sinks": False,
+        "dtype": "bf16",
+        "state_dtype": state.value,
+        "block_size": 16,
+    }
+
+
 @pytest.mark.parametrize("name", GPU_VARIANTS)
 def test_products_of_few_tokens_are_bound_by_memory(name: str) -> None:
     variant = GPU_VARIANTS[name]
@@ -67,8 +84,7 @@ def test_attention_is_bound_by_memory(name: str) -> None:
     states = [s for s in (BF16, DType.F8E4M3, DType.I8) if variant.has_fp8 or s is not DType.F8E4M3]
     sources = {}
     for state in states:
-        op = PagedAttention(32, 8, 128, 128**-0.5, scaled=state is DType.I8)
-        spec = attention_decode.decode_spec(op, BF16, state, 16, 32)
+        spec = attention_decode.decode_spec(**attention(128, state), sequences=1, longest=8192, variant=variant)
         sources[state] = attention_decode.source(spec, variant)
     compiled = compile_sources(list(sources.values()), variant)
     for state, kernel_source in sources.items():
@@ -84,13 +100,15 @@ def test_attention_is_bound_by_memory(name: str) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_no_head_is_too_wide_for_the_registers(head_dim: int) -> None:
     variant = GPU_VARIANTS["sm_90"]
-    op = PagedAttention(8, 2, head_dim, head_dim**-0.5)
-    decode = attention_decode.source(attention_decode.decode_spec(op, BF16, BF16, 16, 8), variant)
+    told = attention(head_dim, BF16)
+    decode = attention_decode.decode_spec(**told, sequences=8, longest=8192, variant=variant)
     prefill = [
-        attention_prefill.source(attention_prefill.prefill_spec(op, BF16, BF16, 16, tokens, 8), variant)
+        attention_prefill.source(
+            attention_prefill.prefill_spec(**told, tokens=tokens, sequences=8, variant=variant), variant
+        )
         for tokens in (16, 1024)
     ]
-    for kernel in compile_sources([decode, *prefill], variant).values():
+    for kernel in compile_sources([attention_decode.source(decode, variant), *prefill], variant).values():
         assert kernel.loop_spills == 0, kernel.function
 
 
@@ -98,9 +116,9 @@ def test_no_head_is_too_wide_for_the_registers(head_dim: int) -> None:
 def test_8_bit_floats_are_refused_where_the_chip_has_none(name: str) -> None:
     with pytest.raises(LlmcError, match=f"{name} has no 8-bit floats, which fp8 need.*sm_89.*q8"):
         linear("fp8", 1, name)
-    op = PagedAttention(8, 2, 64, 0.125)
-    spec = attention_decode.decode_spec(op, BF16, DType.F8E4M3, 16, 8)
-    with pytest.raises(LlmcError, match=f"{name} has no 8-bit floats.*--kv-quant int8"):
+    told = attention(64, DType.F8E4M3)
+    spec = attention_decode.decode_spec(**told, sequences=8, longest=256, variant=GPU_VARIANTS[name])
+    with pytest.raises(LlmcError, match=f"f8e4m3 need sm_89 or newer, and {name} is older"):
         attention_decode.source(spec, GPU_VARIANTS[name])
 
 

@@ -22,7 +22,7 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
 def cuda(fake_driver: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     """The fake driver, as what this process finds; afterwards nothing of it may be left in use."""
     monkeypatch.setattr(cuda_api, "LIBRARY", str(fake_driver.path))
-    fake_driver.reset()
+    fake_driver.restart()
     yield fake_driver
     assert fake_driver.alive == (0, 0, 0, 0, 0)
     assert fake_driver.depth == 0
@@ -37,9 +37,7 @@ def launcher_library(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="session", params=["native", "ctypes"])
-def package(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launcher_library: bytes
-) -> Path:
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launcher_library: bytes) -> Path:
     """The package with a launcher.so, and without."""
     folder = tmp_path_factory.mktemp("packages") / "tiny_gpu_model"
     return write_cuda_package(folder, launcher_library if request.param == "native" else None)

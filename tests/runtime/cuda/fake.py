@@ -62,6 +62,10 @@ class FakeCuda:
     def reset(self) -> None:
         self._library.fake_reset()
 
+    def restart(self) -> None:
+        """Forget everything, as a new process would."""
+        self._library.fake_restart()
+
     def log(self) -> list[Call]:
         """All calls since `reset`."""
         return [_call(self._library.fake_entry(i).contents) for i in range(self._library.fake_count())]
@@ -75,9 +79,10 @@ class FakeCuda:
 
     @property
     def alive(self) -> tuple[int, int, int, int, int]:
-        """Device memory, pinned memory, modules, everything else, and holders of the context that are not given back."""
+        """How many pieces of device memory, pinned memory, modules, other things, and contexts are not given back."""
         library = self._library
-        return (*(library.fake_alive(kind) for kind in range(4)), library.fake_retained())
+        device, host, modules, others = (int(library.fake_alive(kind)) for kind in range(4))
+        return device, host, modules, others, int(library.fake_retained())
 
     @property
     def depth(self) -> int:

@@ -32,6 +32,13 @@ EXPORT void fake_reset(void) {
   entry_count = sticky = queued = done = 0;
   capturing = NULL;
 }
+/* Forgets everything, as a new process would. */
+EXPORT void fake_restart(void) {
+  fake_reset();
+  memset(regions, 0, sizeof regions);
+  taken = 0;
+  retained = init_process = depth = 0;
+}
 EXPORT int fake_count(void) { return entry_count; }
 EXPORT const Entry *fake_entry(int i) { return &entries[i]; }
 EXPORT int fake_depth(void) { return depth; }

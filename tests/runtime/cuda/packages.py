@@ -1,4 +1,4 @@
-"""A package for GPUs written by hand: the language model of tests/runtime/packages.py, in kernels of the fake driver."""
+"""A package for GPUs written by hand: the model of tests/runtime/packages.py, in kernels that the fake driver has."""
 
 from __future__ import annotations
 
@@ -45,10 +45,8 @@ def images(capability: str = "9.0") -> dict[str, bytes]:
     for name, count in ARGUMENTS.items():
         found[f"{name}.cubin"] = f"\x7fELF{capability} {name}_fn {count + 2}".encode()
         parameters = ",\n".join(f".param .u64 p{i}" for i in range(count + 2))
-        architecture = capability.replace(".", "")
-        found[f"{name}.ptx"] = (
-            f".version 8.4\n.target sm_{architecture}\n.visible .entry {name}_fn(\n{parameters}\n)\n{{ ret; }}\n".encode()
-        )
+        head = f".version 8.4\n.target sm_{capability.replace('.', '')}\n"
+        found[f"{name}.ptx"] = f"{head}.visible .entry {name}_fn(\n{parameters}\n)\n{{ ret; }}\n".encode()
     return found
 
 
@@ -73,8 +71,8 @@ def plan() -> dict[str, Any]:
         *({"kind": "output", "name": name} for name in ("logits", "greedy", "chosen")),
         *({"kind": kind} for kind in ("workspace", "tickets", "dims")),
     ]
-    names = ["token_ids", "positions", "slot_mapping", "query_start", "block_tables", "logit_rows", "sampling"]
-    names += ["state", "mixed", "rows", "history", "table", "logits", "greedy", "chosen", "workspace", "tickets", "dims"]
+    names = [*INPUTS, "state", "mixed", "rows", "history", "table", "logits", "greedy", "chosen"]
+    names += ["workspace", "tickets", "dims"]
     number = {name: i for i, name in enumerate(names)}
 
     def launch(kernel: str, node: str, x: int, *args: str) -> dict[str, Any]:
