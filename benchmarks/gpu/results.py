@@ -34,11 +34,14 @@ class Results:
         found: dict[str, dict[str, Any]] = self.document["rows"]
         return found
 
+    def check_machine(self, gpu: str) -> None:
+        """Raise `ValueError` where there are results of another GPU already."""
+        before = self.machine.get("gpu", gpu)
+        if before != gpu:
+            raise ValueError(f"{self._path} has rows of {before}, and this is {gpu}: name another --out")
+
     def put_machine(self, machine: dict[str, Any]) -> None:
-        """Note where rows are measured. Raises `ValueError` where there are rows of another GPU already."""
-        before = self.machine.get("gpu")
-        if before not in (None, machine["gpu"]) and self.rows:
-            raise ValueError(f"{self._path} has rows of {before}, and this is {machine['gpu']}: name another --out")
+        """Note where rows are measured."""
         self.document["machine"] = machine
         self._write()
 

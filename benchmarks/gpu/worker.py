@@ -9,6 +9,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 
 from benchmarks.gpu.measure import Lab, measure
 from benchmarks.gpu.results import Results
@@ -24,9 +25,12 @@ def work(rows: Sequence[Row], results: Results, lab: Lab, deadline: float, tell:
 
     `tell` gets lines of JSON: `row` and `budget` before each row, `done` after it.
     """
+    machine = lab.machine()
+    results.check_machine(machine["gpu"])
     if "copy_bandwidth" not in results.machine:
         tell(json.dumps({"row": "", "budget": 60.0}))
-        results.put_machine({**lab.machine(), **lab.ceilings()})
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        results.put_machine({**machine, **lab.ceilings(), "at": at})
         tell(json.dumps({"done": "", "result": _ceilings_line(results)}))
     for row in rows:
         left = deadline - time.monotonic()

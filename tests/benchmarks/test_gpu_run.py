@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from benchmarks.gpu.supervise import supervise
 from benchmarks.gpu.timing import take_turns
 from benchmarks.gpu.worker import UNUSABLE, work
 from tests.benchmarks.gpu_fakes import CEILINGS, MACHINE, FakeClock, FakeLab, FakeSteps
+from tests.fixtures import REPOSITORY
 
 PLAIN, OTHER = "8b-bf16-bf16-b1-1k", "8b-bf16-bf16-b1-8k"
 BESIDE, PREFILL, SMALL = "8b-int8-bf16-b1-1k-vs-compile", "8b-int4-bf16-prefill-2k", "1b-int4-fp8-b1-1k"
@@ -107,11 +110,9 @@ def test_rows_without_time_are_not_begun(tmp_path: Path) -> None:
 
 
 def test_results_of_two_gpus_are_kept_apart(tmp_path: Path) -> None:
-    results = Results(tmp_path)
-    results.put_machine({**MACHINE, **CEILINGS})
-    results.put(PLAIN, {})
-    with pytest.raises(ValueError, match="rows of NVIDIA H200, and this is NVIDIA H100"):
-        Results(tmp_path).put_machine({"gpu": "NVIDIA H100"})
+    Results(tmp_path).put_machine({**MACHINE, **CEILINGS, "gpu": "NVIDIA H100"})
+    with pytest.raises(ValueError, match="rows of NVIDIA H100, and this is NVIDIA H200"):
+        work(chosen(PLAIN), Results(tmp_path), FakeLab(), far(), lambda text: None)
 
 
 def worker(script: str, out: Path, rows: Sequence[Row]) -> list[str]:
@@ -177,6 +178,33 @@ def test_reports(tmp_path: Path) -> None:
     picture = ElementTree.fromstring(stored.with_suffix(".svg").read_text())
     texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
     assert "8b-int8-bf16-b1-1k" in texts and "33%, 12.00 ms (torch.compile)" in texts
+
+
+def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` with its worker in this process, on the fake."""
+
+    def in_process(rows: Sequence[Row], out: Path, deadline: float, command: Any, say: Any) -> None:
+        arguments = command(Results(out).missing(rows))
+        assert arguments[1:5] == ["-m", "benchmarks.gpu", "work", str(tmp_path)]
+        names, seconds = (arguments[arguments.index(key) + 1] for key in ("--rows", "--seconds"))
+        assert 500 < float(seconds) <= 540
+        work(select(all_rows(), names), Results(out), FakeLab(), deadline, lambda text: None)
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.supervise", in_process)
+    out = tmp_path / "out"
+    assert main(["run", str(tmp_path), "--out", str(out), "--rows", "8b-int4-*,1b-*"]) == 0
+    assert len(Results(out).rows) == len(chosen("8b-int4-*", "1b-*"))
+    assert "100 %" in (out / "shares.svg").read_text()
+
+
+def test_a_run_needs_no_compiler() -> None:
+    program = (
+        "import sys, benchmarks.gpu.__main__, benchmarks.gpu.lab\n"
+        "print(*(m for m in sys.modules if m.startswith('llmc.') and not m.startswith('llmc.runtime')))\n"
+        "print(*({'tvm', 'networkx', 'ml_dtypes', 'tokenizers', 'typer', 'rich'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stdout + done.stderr
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
