@@ -12,9 +12,11 @@ from benchmarks.gpu.bounds import Shape
 from benchmarks.peers.torch_attention import ATTENTIONS
 from benchmarks.peers.torch_compile import Block, CompiledSteps, Decoder, int4_codes, rotate
 from benchmarks.peers.transformers_eager import EagerSteps, make_model
+from tests.fixtures import REPOSITORY
 
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocabulary=101, tied=False)
 SLOTS, POSITION = 24, 17
+CONFIG = REPOSITORY / "benchmarks/configs/llama-3.1-8b.json"
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
@@ -92,6 +94,8 @@ def test_transformers(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "rope_theta": 500000.0,
+        "rope_scaling": json.loads(CONFIG.read_text())["rope_scaling"],
         "torch_dtype": "bfloat16",
         "vocab_size": 101,
     }
