@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
 from llmc.backends.triton.kernels.attention_parts import (
+    EIGHT_BITS,
     LEAST,
     arguments,
     constants,
@@ -46,20 +47,22 @@ def decode_spec(
         block_size=block_size,
     )
     seen = min(longest, window) if window else longest
-    wide, thin = head_dim > 128, state_dtype in ("f8e4m3", "i8")
-    tile = 128 if thin and not wide else 64
-    if dtype == "f32":  # without tensor cores, and all of a tile in registers
-        tile = 32 if not wide else 16
+    wide, thin = head_dim > 128, state_dtype in EIGHT_BITS
+    tile, stages, warps = 128 if thin and not wide else 64, 3, 4
+    if dtype == "f32":  # without tensor cores, operands in registers
+        tile, stages, warps = 16, 2, 16 if wide else 8
+    elif wide or state_dtype == "f32" or (state_dtype == "i8" and variant.capability >= (10, 0)):
+        stages = 2
     rows = max(LEAST, 1 << (num_heads // num_kv_heads - 1).bit_length())
     return KernelSpec.of(
         "attention_decode",
         **told,
         splits=splits(sequences, num_kv_heads, seen, variant),
         rows=rows,
-        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
+        words=thin and head_dim % 4 == 0,
         tile=max(tile, block_size),
-        stages=2 if wide or dtype == "f32" or state_dtype == "f32" else 3,
-        warps=4,
+        stages=stages,
+        warps=warps,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
 from llmc.backends.triton.kernels.attention_parts import (
+    EIGHT_BITS,
     LEAST,
     arguments,
     constants,
@@ -48,23 +49,42 @@ def prefill_spec(
         block_size=block_size,
     )
     group = num_heads // num_kv_heads
-    wide = head_dim > 128
+    thin = state_dtype in EIGHT_BITS
+    most, tile, warps = _shape(dtype, state_dtype, head_dim, variant)
     needed = 1 << (tokens * group - 1).bit_length()
-    if dtype == "f32":  # without tensor cores, and all of a tile in registers
-        most, tile = (32, 32) if not wide else (16, 16)
-    else:
-        most, tile = (ROWS if not wide else 64), 64
     rows = max(LEAST, 1 << (group - 1).bit_length(), min(most, needed))
     return KernelSpec.of(
         "attention_prefill",
         **told,
         sequences=1 << (sequences - 1).bit_length(),
         rows=rows,
-        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
+        # Where products take their operands from shared memory, the order of bytes costs nothing.
+        words=thin and head_dim % 4 == 0 and not (rows >= 64 and _from_shared(variant)),
         tile=max(tile, block_size),
         stages=2,
-        warps=8 if rows == 128 and dtype != "f32" else 4,
+        warps=warps if rows == most or dtype == "f32" else 4,
     )
+
+
+def _from_shared(variant: GpuVariant) -> bool:
+    """Whether tensor cores read tiles of 64 rows and more from shared memory: from Hopper on."""
+    return variant.capability >= (9, 0)
+
+
+def _shape(dtype: str, state_dtype: str, head_dim: int, variant: GpuVariant) -> tuple[int, int, int]:
+    """Rows at most, tokens of a tile, warps: the largest whose sums and operands fit into registers."""
+    if dtype == "f32":  # without tensor cores, operands in registers
+        return 16, 16, 8
+    if _from_shared(variant):
+        if head_dim <= 128:
+            return ROWS, 64, 8
+        if head_dim <= 192 and state_dtype not in EIGHT_BITS:
+            return ROWS, 32, 8
+        # B200's products leave their results outside of registers, and moving them takes some.
+        return (32 if state_dtype == "i8" and variant.capability >= (10, 0) else 64), 32, 8
+    if head_dim <= 128:
+        return ROWS, 32, 8
+    return (64, 16, 8) if head_dim <= 192 else (32, 32, 8)
 
 
 def grid(spec: KernelSpec, tokens: int, sequences: int) -> tuple[int, int, int]:
