@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import first_token
+from benchmarks.gpu.bounds import Shape, plan_bytes, row_bytes
 from benchmarks.gpu.fill import fill_parameter, fill_parameters, fill_state
 from benchmarks.gpu.package import OpenPackage, blocks_of, make_batch
 from benchmarks.gpu.prepare import Remembering, drop_texts
-from benchmarks.gpu.rows import Row, Setup
+from benchmarks.gpu.rows import LONGEST, Row, Setup
 from llmc.backends.triton.source import KernelSource
 from llmc.ir.target import GPU_VARIANTS
 from llmc.runtime.errors import ModelError
@@ -100,6 +101,19 @@ def test_weights_lie_where_they_would_be(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "whole/weights.bin").stat().st_size == entries[1]["bytes"]
     with pytest.raises(ModelError):
         read_manifest(tmp_path / "tiny")
+
+
+def test_the_plan_counts_the_bytes_of_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two counts that share nothing: the compiler's costs of its launches, and arithmetic on the configuration."""
+    row = Row("decode", Setup("8b", "int4", "fp8"), batch=8, context=8192)
+    options = {"random_weights": True, "checks": 0, "weights": False, "max_sequence_length": LONGEST, "limits": None}
+    quant = {"quant": row.setup.quant, "kv_quant": row.setup.cache}
+    compile_interpreted(monkeypatch, row.setup.config, tmp_path / "eight", **options, **quant)
+    plan = json.loads((tmp_path / "eight/plan-sm_90.json").read_text())
+    bucket = next(b for b in plan["entries"]["decode"]["buckets"] if b["tokens"] == 8)
+    assert len(bucket["launches"]) == 5 * 32 + 5  # what predictions assume
+    counted = plan_bytes(bucket["launches"], row.batch, row.batch * row.context)
+    assert counted == pytest.approx(row_bytes(row, Shape.read(row.setup.config)), rel=0.01)
 
 
 def test_a_completed_package_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
