@@ -12,8 +12,8 @@ from llmc.backends.triton.kernels.attention_parts import (
     expects_fp8,
     semantics,
 )
+from llmc.backends.triton.kernels.attention_splits import splits
 from llmc.backends.triton.source import KernelSource
-from llmc.backends.triton.splits import splits
 from llmc.ir.target import GpuVariant
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
-from llmc.backends.triton.packing import ROWS, blocks_of
+from llmc.backends.triton.packing import COLUMNS, ROWS, blocks_of
 from llmc.backends.triton.source import COMPUTE, POINTERS, PRECISION, KernelSource
 from llmc.backends.triton.tiling import Tiling
 from llmc.ir.errors import LlmcError
@@ -103,6 +103,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         tail=p["k"] % p["block_k"] != 0,
         ragged=blocks_of(p["n"], ROWS) * ROWS % p["block_n"] != 0,
         stream=p["stream"],
+        block_bytes=ROWS * COLUMNS * (format.bits if format else 8 * DType(p["weight_dtype"]).itemsize) // 8,
         state=p["state_dtype"],
         assembly=target is not None and not p["scale_weights"],
         **_codes(kind, compute),
@@ -130,7 +131,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             ("ROTARY_DIM", p["rotary_dim"]),
             ("INTERLEAVED", p["layout"] == "interleaved"),
             ("BLOCK_SIZE", p["block_size"]),
-            ("PREFETCH", _prefetched(p, format) if target and target.has_dependent_launch and p["stream"] else 0),
+            ("PREFETCH", _prefetched(p) if target and target.has_dependent_launch and p["stream"] else 0),
             ("PDL", target is not None and target.has_dependent_launch),
         ),
         num_warps=p["warps"],
@@ -169,9 +170,8 @@ def _arguments(p: dict[str, Any], kind: str) -> list[tuple[str, str]]:
     return [*named, ("workspace_ptr", "*fp32"), ("tickets_ptr", "*i32"), ("dims_ptr", "*i32")]
 
 
-def _prefetched(p: dict[str, Any], format: Any) -> int:
-    """Bytes that a program asks for before it waits: its first pieces, as many as it has loads in flight."""
-    bits = format.bits if format else 8 * DType(p["weight_dtype"]).itemsize
+def _prefetched(p: dict[str, Any]) -> int:
+    """Blocks that a program asks for before it waits: its first pieces, as many as it has loads in flight."""
     units = blocks_of(p["n"], p["block_n"]) * blocks_of(p["k"], p["block_k"])
-    per = blocks_of(units, p["programs"])
-    return int(ROWS * p["block_k"] * bits // 8 * min(per, p["stages"]))
+    pieces: int = min(blocks_of(units, p["programs"]), p["stages"]) * p["block_k"] // COLUMNS
+    return max(1, pieces)

@@ -13,6 +13,7 @@ from llmc.backends.triton.kernels.linear import source
 from llmc.backends.triton.ops import BlockLinear
 from llmc.backends.triton.products import product_kernel
 from llmc.backends.triton.source import KernelSource
+from llmc.backends.triton.tiling import Tunings
 from llmc.ir.errors import LlmcError
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GPU_VARIANTS
@@ -41,7 +42,8 @@ SHORT = {
 def linear(format: str, rows: int, variant: str) -> KernelSource:
     """The projection of queries, keys and values of an 8B model."""
     op = BlockLinear(format, 6144, 4096, False, "none", False, None, BF16, BF16)
-    spec, _ = product_kernel(op, BF16, BF16, rows, 0, GPU_VARIANTS[variant])
+    call, tiling = product_kernel(op, BF16, BF16, rows, 0, GPU_VARIANTS[variant], Tunings())
+    spec = call.spec(tiling)
     return source(spec, GPU_VARIANTS[variant])
 
 
