@@ -30,7 +30,7 @@ def prepare(options: argparse.Namespace) -> None:
     """Compile packages."""
     from benchmarks.gpu.prepare import prepare as compile_packages  # only here is there a compiler
 
-    compile_packages(options.folder, select(all_rows(), options.rows), say)
+    compile_packages(options.folder, select(all_rows(), options.rows), say, options.missing)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,7 +85,8 @@ def _options() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(add_help=False)
     out.add_argument("--out", type=Path, required=True, help="where gpu.json is written, and read to go on")
     out.add_argument("--scratch", type=Path, default=Path("build/gpu-scratch"), help="disk for files of weights")
-    commands.add_parser("prepare", parents=[folder, rows], help="compile the packages; needs no GPU")
+    preparer = commands.add_parser("prepare", parents=[folder, rows], help="compile the packages; needs no GPU")
+    preparer.add_argument("--missing", action="store_true", help="only those that are not there")
     runner = commands.add_parser("run", parents=[folder, rows, out], help="measure; needs no compiler")
     runner.add_argument("--minutes", type=float, default=9.0, help="no row is begun or goes on after so long")
     worker = commands.add_parser("work", parents=[folder, rows, out], help="what `run` starts")

@@ -22,8 +22,14 @@ TARGET = "cuda:sm_90"
 Compile = Callable[[Sequence[KernelSource], GpuVariant], dict[str, Compiled]]
 
 
-def prepare(folder: Path, rows: Sequence[Row], say: Callable[[str], None], compiler: Compile = compile_sources) -> None:
-    """Compile what the rows need into folders under `folder`; what is there is compiled anew.
+def prepare(
+    folder: Path,
+    rows: Sequence[Row],
+    say: Callable[[str], None],
+    missing: bool = False,
+    compiler: Compile = compile_sources,
+) -> None:
+    """Compile what the rows need into folders under `folder`; what is there is compiled anew, unless `missing`.
 
     Kernels that several packages share are compiled once: a package takes a minute or so otherwise.
     """
@@ -31,6 +37,8 @@ def prepare(folder: Path, rows: Sequence[Row], say: Callable[[str], None], compi
     remembering = Remembering(compiler)
     with patch.object(triton_backend, "compile_sources", remembering):
         for setup in setups(rows):
+            if missing and (folder / setup.name / "manifest.json").exists():
+                continue
             start = time.perf_counter()
             compile_setup(setup, folder)
             size = sum(p.stat().st_size for p in (folder / setup.name).rglob("*") if p.is_file())

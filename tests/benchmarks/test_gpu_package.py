@@ -14,7 +14,7 @@ from benchmarks.gpu import first_token
 from benchmarks.gpu.bounds import Shape, plan_bytes, row_bytes
 from benchmarks.gpu.fill import fill_parameter, fill_parameters, fill_state
 from benchmarks.gpu.package import OpenPackage, blocks_of, make_batch
-from benchmarks.gpu.prepare import Remembering, drop_texts
+from benchmarks.gpu.prepare import Remembering, drop_texts, prepare
 from benchmarks.gpu.rows import LONGEST, Row, Setup
 from llmc.backends.triton.source import KernelSource
 from llmc.ir.target import GPU_VARIANTS
@@ -192,6 +192,18 @@ def test_inputs_of_a_step() -> None:
     batch = make_batch(PREFILL, block_size=16, vocabulary=199)
     assert batch.dims == (24, 1, 2, 1) and batch.logit_rows.tolist() == [23]
     assert len(np.unique(batch.slot_mapping)) == 24
+
+
+def test_what_is_there_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("benchmarks.gpu.prepare.compile_setup", lambda setup, folder: made.append(setup.name))
+    (tmp_path / DECODE.setup.name).mkdir()
+    (tmp_path / DECODE.setup.name / "manifest.json").write_text("{}")
+    other = Row("decode", Setup("1b", "int8", "fp8"), batch=1, context=1024)
+    prepare(tmp_path, [DECODE, PREFILL, other], lambda text: None, missing=True)
+    assert made == ["m1b_int8_fp8"]
+    prepare(tmp_path, [DECODE, PREFILL, other], lambda text: None)
+    assert made[1:] == ["m8b_bf16_bf16", "m1b_int8_fp8"]
 
 
 def test_no_kernel_is_compiled_twice() -> None:
