@@ -18,8 +18,6 @@ from tests.backends.triton.interpreter import run
 from tests.backends.triton.paged_batch import Batch, exact, naive, poisoned, tensor
 from tests.tolerance import assert_as_good_as
 
-BUCKET = 4
-
 
 def decode(batch: Batch, sequences: list[int], splits: int, tile: int = 0, times: int = 1) -> Array:
     """The last token of each of these sequences, in a bucket with a row of padding that must stay as it is."""

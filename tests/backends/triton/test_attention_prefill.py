@@ -124,6 +124,11 @@ def test_results_do_not_depend_on_the_rest_of_the_batch() -> None:
     assert np.array_equal(prefill(batch, [(1, 0, 1), (0, 10, 60)]), together[[60, *range(60)]])
 
 
+def test_a_bucket_of_one_sequence() -> None:
+    batch = Batch(4, 1, 16, [40])
+    assert np.array_equal(prefill(batch, [(0, 3, 37)], spare=0), prefill(batch, [(0, 3, 37)]))
+
+
 def test_against_the_ir() -> None:
     """The float64 reference of the op that the kernel computes."""
     batch = Batch(4, 2, 64, [20, 33])
