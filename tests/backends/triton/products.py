@@ -16,7 +16,7 @@ from llmc.backends.triton.packing_ops import PackScales
 from llmc.backends.triton.tiling import Tiling
 from llmc.ir.quant import FORMATS
 from llmc.ir.types import DType
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 Array = npt.NDArray[Any]
 TORCH = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
@@ -126,7 +126,7 @@ class Case:
             epilogue=self.epilogue,
             out_dtype=self.out_dtype.value,
         )
-        run(source(spec, None), (self.tiling.programs, 1, 1), tensors)
+        run(source(spec, TARGET), (self.tiling.programs, 1, 1), tensors)
         assert not tickets.any(), "tickets are left as they were found"
         assert out[self.m :].isnan().all(), "rows that do not count are not written"
         return out[: self.m].double().numpy()

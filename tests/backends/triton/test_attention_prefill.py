@@ -13,7 +13,7 @@ from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.attention_prefill import grid, prefill_spec
 from llmc.ir.op import Array
 from llmc.ir.ops.attention import PagedAttention
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 from tests.backends.triton.paged_batch import Batch, exact, naive, poisoned, tensor
 from tests.tolerance import assert_as_good_as
 
@@ -47,7 +47,7 @@ def prefill(batch: Batch, chunks: list[Chunk], rows: int = 32, tile: int = 32, s
         "out_ptr": out,
         "dims_ptr": torch.tensor([count, len(chunks), batch.tables.shape[1], 1], dtype=torch.int32),
     }
-    run(source_of(spec, None), grid(spec, bucket, len(chunks) + spare), tensors)
+    run(source_of(spec, TARGET), grid(spec, bucket, len(chunks) + spare), tensors)
     assert out[count:].isnan().all()
     return np.asarray(out[:count].float().numpy())
 
