@@ -95,6 +95,12 @@ class Tiling:
         return self.stages * (weight + x) + rounded + copies + RESERVED
 
 
+def uses_warps(variant: GpuVariant, warps: int) -> bool:
+    """Whether Triton multiplies with the instructions of one warp (`mma`, from Ampere on), not with those of four
+    together (Hopper's `wgmma`, Blackwell's `tcgen05`), which want four warps, or eight."""
+    return variant.capability < (9, 0) or warps % 4 != 0
+
+
 def choose(product: Product, variant: GpuVariant) -> Tiling:
     """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight."""
     return candidates(product, variant)[0]

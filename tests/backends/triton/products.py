@@ -99,8 +99,7 @@ class Case:
         else:
             format = FORMATS[self.format]
             blocks = to_blocks(self.codes[order])
-            words = to_words(blocks, format.bits) if format.kind == "integer" else blocks
-            tensors["weight_ptr"] = torch.from_numpy(words)
+            tensors["weight_ptr"] = torch.from_numpy(to_words(blocks, format.bits))
             tensors["scale_ptr"] = torch.from_numpy(PackScales(format.group).reference(self.scales[order])[0])
         if self.bias:
             tensors["bias_ptr"] = torch.from_numpy(self.shift[order])
