@@ -13,10 +13,11 @@ LATENCY = 1.0e-6
 LAUNCH = 1.5e-6
 """Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
 MATRIX_RATE = 1024.0
-"""Products of 16-bit numbers that a multiprocessor adds up in a cycle; four times as many from Hopper on."""
+"""Products of 16-bit numbers that a multiprocessor adds up in a cycle; from Hopper on four times as many, but half of
+that with the instructions of one warp."""
 WARPS_TO_FILL = 3.0
 """Warps that a scheduler needs to start an instruction in every cycle."""
-PASS, SUM = 80, 50
+PASS, SUM = 95, 28
 """Instructions of each thread for a pass of the loop, whatever the tile, and for every further sum that it scales."""
 RESERVED = 1024
 """Bytes of shared memory that the system keeps of each program's."""
@@ -28,7 +29,8 @@ class Product:
 
     `bits`: of a weight, its scale counted; `code_bits`: without; `span`: columns that share a scale, or 0; `item`:
     bytes of what products take; `norm`: whether x is f32 and normalised on the way; `instructions`: that bring a weight
-    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, on the way;
+    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, where the matrix
+    unit reads no registers (Blackwell's `tcgen05`; counted everywhere);
     `sums`: whether scales are applied to sums.
     """
 
@@ -123,7 +125,8 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     in_flight = at_once * (tiling.stages - 1) * tiling.block_n * tiling.block_k * product.bits / 8
     bandwidth = variant.bandwidth * min(1.0, in_flight / (variant.bandwidth * LATENCY))
     memory = waves * per * (weight + x) * at_once / bandwidth
-    rate = MATRIX_RATE * (4 if variant.capability >= (9, 0) else 1) * variant.clock * variant.multiprocessors
+    faster = 1 if variant.capability < (9, 0) else 2 if uses_warps(variant, tiling.warps) else 4
+    rate = MATRIX_RATE * faster * variant.clock * variant.multiprocessors
     if product.item == 4:
         rate /= 16  # f32 is multiplied by ordinary units
     wide = max(tiling.block_m, 16)
@@ -147,13 +150,23 @@ def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [64, 128, 256]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
-            for block_k in (COLUMNS,) if product.copies else (COLUMNS // 2, COLUMNS):
-                for stages in (5, 4, 3, 2):
-                    warps = 8 if block_n * block_m >= 128 * 64 else 4
-                    made = Tiling(block_n, block_m, block_k, 1, stages, warps)
-                    if made.shared_bytes(product) > variant.shared_bytes or block_n * block_m > 128 * 256:
-                        continue
-                    yield from _dealt(product, made, variant, few)
+            for block_k in (COLUMNS,) if product.span else (COLUMNS // 2, COLUMNS):
+                for warps in _warps(product, block_n * block_m, block_m, variant):
+                    for stages in (5, 4, 3, 2):
+                        made = Tiling(block_n, block_m, block_k, 1, stages, warps)
+                        if made.shared_bytes(product) > variant.shared_bytes or block_n * block_m > 128 * 256:
+                            continue
+                        yield from _dealt(product, made, variant, few)
+
+
+def _warps(product: Product, size: int, block_m: int, variant: GpuVariant) -> tuple[int, ...]:
+    """Of a program. Two are too few for the instructions of four warps together, which Blackwell's sums of few rows do
+    without: to fetch sums out of a memory of their own takes longer than to multiply."""
+    if size >= 128 * 64:
+        return (8,)
+    if block_m > 16 or product.item == 4 or variant.capability < (9, 0):
+        return (4,)
+    return (2,) if variant.capability >= (10, 0) else (4, 2)
 
 
 def _dealt(product: Product, tiling: Tiling, variant: GpuVariant, few: bool) -> Iterator[Tiling]:
