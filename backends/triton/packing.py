@@ -61,8 +61,8 @@ def to_words(blocks: Array, bits: int) -> Array:
     """Codes u8 [high, wide, 64, 128] of 4 or 8 bits -> words i32 [high, wide · bits / 4, 64, 16].
 
     A row of 16 words is what the 4 threads that share a row of a matrix unit's operand hold, 4 words each, so that a
-    thread loads 16 bytes which it multiplies itself (NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16"). Word 4t + s:
-    of the slab s of 128 / bits columns, the pair j of columns 8j + 2t and 8j + 2t + 1 at the bits bits · j and 16 more.
+    thread loads 16 bytes which it multiplies itself (NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16"). The word
+    4t + s holds, of slab s of 128 / bits columns, the pairs 8j + 2t and 8j + 2t + 1 at the bits bits · j and 16 more.
     """
     high, wide, *_ = blocks.shape
     pairs, pieces = 16 // bits, bits // 4

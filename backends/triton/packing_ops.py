@@ -57,8 +57,8 @@ class OrderRows(_Packing):
 
 @dataclass(frozen=True)
 class PackBlocks(_Packing):
-    """[n, k] -> [ceil(n / 64), ceil(k / 128), 64, 128], what is missing zero. Codes of `bits` bits (0: no codes) come out
-    as words i32 [ceil(n / 64), ceil(k / 128) · bits / 4, 64, 16] (see `packing.to_words`)."""
+    """[n, k] -> [ceil(n / 64), ceil(k / 128), 64, 128], what is missing zero. Codes of `bits` bits (0: no codes) come
+    out as words i32 [ceil(n / 64), ceil(k / 128) · bits / 4, 64, 16] (see `packing.to_words`)."""
 
     bits: int = 0
 

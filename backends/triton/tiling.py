@@ -147,7 +147,7 @@ def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     few = product.m <= 64
     widest = max(8, 1 << (product.m - 1).bit_length()) if product.m > 1 else 8
     # Narrower tiles than there are tokens read weights several times: for chips with little shared memory.
-    sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [64, 128, 256]
+    sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [32, 64, 128, 256]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
             for block_k in (COLUMNS,) if product.span else (COLUMNS // 2, COLUMNS):
@@ -162,7 +162,7 @@ def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
 def _warps(product: Product, size: int, block_m: int, variant: GpuVariant) -> tuple[int, ...]:
     """Of a program. Two are too few for the instructions of four warps together, which Blackwell's sums of few rows do
     without: to fetch sums out of a memory of their own takes longer than to multiply."""
-    if size >= 128 * 64:
+    if size > 128 * 64:
         return (8,)
     if block_m > 16 or product.item == 4 or variant.capability < (9, 0):
         return (4,)

@@ -19,7 +19,7 @@ PRODUCTS = st.builds(
     span=st.sampled_from([0, 32, 128]),
     item=st.sampled_from([2, 4]),
     norm=st.booleans(),
-)
+).filter(lambda product: not product.span or product.code_bits <= 8)  # what has scales has codes
 VARIANTS = st.sampled_from(list(GPU_VARIANTS.values()))
 
 
@@ -47,11 +47,9 @@ def test_the_choice_is_the_fastest_of_the_model_and_always_the_same(product: Pro
 
 
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)])
-@pytest.mark.parametrize(
-    ("bits", "code", "instructions"), [(16.0, 16, 0.5), (8.125, 8, 1.95), (4.125, 4, 1.55)]
-)
+@pytest.mark.parametrize(("bits", "code", "instructions"), [(16.0, 16, 0.5), (8.125, 8, 1.95), (4.125, 4, 1.55)])
 def test_matrices_of_an_8b_model_are_near_the_bound(
-    n: int, k: int, bits: float, code: int
+    n: int, k: int, bits: float, code: int, instructions: float
 ) -> None:
     """By the model: what is asked of batch 1 is 90, 85 and 80 % of the memory's speed, launches counted elsewhere."""
     variant = GPU_VARIANTS["sm_90"]
