@@ -4,6 +4,7 @@ be installed (TVM is not on every machine with a GPU)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
@@ -16,11 +17,16 @@ MODULES = {"cpu": "llmc.backends.tvm", "cuda": "llmc.backends.triton"}
 """By kind of target, where `backend.make` and `select.arguments` are."""
 
 
-def backend_for(target: Target, longest: int, compute: DType, block_size: int) -> Backend[Any]:
+def backend_for(target: Target, longest: int, compute: DType, block_size: int, **options: Any) -> Backend[Any]:
     """The backend for sequences of `longest` tokens at most, in blocks of `block_size` tokens. `compute`: the dtype in
-    which activations enter products."""
+    which activations enter products; `options`: what only this kind of target has, as `tunings` of GPUs."""
     make: Callable[..., Backend[Any]] = resolve_name(f"{MODULES[target.kind]}.backend:make")
-    return make(target, longest, compute, block_size)
+    return make(target, longest, compute, block_size, **options)
+
+
+def know_ops(kind: str) -> None:
+    """Make the ops of a kind of target known, for graphs that are read as text."""
+    import_module(f"{MODULES[kind]}.lower")
 
 
 def arguments_of(kind: str) -> Callable[[Node], tuple[Value, ...] | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmc.ir.errors import LlmcError
-from llmc.packages import open_package
+from llmc.packages import open_package, read_manifest
 from llmc.runtime.batch import Chunk
 from llmc.runtime.timings import Profile
 
@@ -94,6 +94,11 @@ def open_for(folder: Path, tokens: int, batch: int, threads: int | None) -> Any:
 
     Raises `LlmcError` otherwise.
     """
+    if (kind := read_manifest(folder)["target"]["kind"]) != "cpu":
+        raise LlmcError(
+            f"{folder} is a package for {kind!r}, and this command times packages for CPUs, beside the bandwidth of"
+            " their memory; for GPUs there is benchmarks/gpu.py in llmc's repository"
+        )
     model = open_package(folder).load(threads=threads)
     limit, most = model.info["model"]["max_sequence_length"], model.sequence().engine.max_sequences
     if tokens > limit:

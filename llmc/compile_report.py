@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ class CompileReport:
     sizes: dict[str, int] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     """By entry point, bytes of the arena: `peak` as planned, `naive` if no two values shared memory."""
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    """What `--tune` measured (see `tuning.tune`): for each architecture its products, their candidates and times."""
     wheel: Path | None = None
     peak_memory: int = 0
 
@@ -63,6 +65,7 @@ class CompileReport:
             "passes": self.passes,
             "sizes": self.sizes,
             "memory": self.memory,
+            "tuning": self.tuning,
             "wheel": str(self.wheel) if self.wheel else None,
             "peak_memory": self.peak_memory,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ def make_manifest(
     target: Target,
     versions: Mapping[str, str],
     sizes: Mapping[str, int],
+    tuned: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """manifest.json, but for the files' hashes. `formats`: see `quantization.described`."""
+    """manifest.json, but for the files' hashes. `formats`: see `quantization.described`; `tuned`: the architectures
+    some of whose tilings were measured."""
     info = imported.info
     packages = ["numpy", "tokenizers"] if imported.tokenizer_files else ["numpy"]
     return {
@@ -45,7 +47,7 @@ def make_manifest(
             "kind": target.kind,
             "machine": target.machine,
             "variants": list(kernels.variants),
-            **({"launcher": LAUNCHER if LAUNCHER in kernels.files else None} if target.kind == "cuda" else {}),
+            **(_of_gpus(kernels, tuned) if target.kind == "cuda" else {}),
         },
         "quantization": {
             **formats,
@@ -56,6 +58,11 @@ def make_manifest(
         "sizes": dict(sizes),
         "versions": dict(versions),
     }
+
+
+def _of_gpus(kernels: Kernels, tuned: Sequence[str]) -> dict[str, Any]:
+    """What only a target of GPUs has."""
+    return {"launcher": LAUNCHER if LAUNCHER in kernels.files else None, "tuned": list(tuned)}
 
 
 def runtime_files(name: str) -> dict[str, bytes]:

@@ -1,9 +1,10 @@
-"""From a model to a package: import, passes, lowering, kernels, packing. One screen of orchestration."""
+"""From a model to a package: import, passes, lowering, tuning, kernels, packing. One screen of orchestration."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
 from llmc.passes.quantize import Quantize
 from llmc.quantization import activations_of, described, read_quantization
+from llmc.tuning import Tuned, tune
+from llmc.tuning_devices import tuning_devices
 
 
 def compile_model(
@@ -43,7 +46,11 @@ def compile_model(
     quant = read_quantization(options.quant, activations_of(target))
     check_kv_quant(options.kv_quant, target)
     report = CompileReport(output.absolute(), progress)
-    with PackageWriter(output, options.force) as package, tempfile.TemporaryDirectory(prefix="llmc-") as scratch:
+    with (
+        tuning_devices(target) if options.tune else nullcontext() as devices,
+        PackageWriter(output, options.force) as package,
+        tempfile.TemporaryDirectory(prefix="llmc-") as scratch,
+    ):
         with report.phase("import"):
             imported = import_model(
                 model,
@@ -55,13 +62,22 @@ def compile_model(
         package.require_space(imported.weights.bytes)
         compute = compute_dtype(imported.graph, quant, target)
         kv = kv_dtype(options.kv_quant, imported.graph, target, compute)
-        backend = backend_for(target, imported.info.max_sequence_length, compute, options.block_size)
+        backend_of = partial(backend_for, target, imported.info.max_sequence_length, compute, options.block_size)
+        backend = backend_of()
         with report.phase("passes"):
             step = run_passes(imported.graph, load, options, kv, quant, report)
             lowered = backend.lower(step)
             verify(lowered)
             limits = options.limits or LIMITS[target.kind]
-            entries = [backend.plan(e, g) for e, g in specialised(lowered, limits, backend.entry_names)]
+            graphs = dict(specialised(lowered, limits, backend.entry_names))
+            entries = [backend.plan(name, graph) for name, graph in graphs.items()]
+        tuned = Tuned()
+        if devices:
+            with report.phase("tuning"):
+                tuned = tune(entries, target.gpu_variants, devices)
+                backend = backend_of(tunings=tuned.tunings)
+                entries = [backend.plan(name, graph) for name, graph in graphs.items()]
+        report.tuning = tuned.report
         report.memory = {e.name: e.memory_bytes for e in entries}
         with report.phase("kernels"):
             kernels = backend.compile(entries, Path(scratch))
@@ -92,7 +108,15 @@ def compile_model(
             "private": max(entry.private.peak for entry in entries),
         }
         manifest = make_manifest(
-            name, imported, kernels, described(quant, step), kv, target, backend.versions, report.sizes
+            name,
+            imported,
+            kernels,
+            described(quant, step),
+            kv,
+            target,
+            backend.versions,
+            report.sizes,
+            tuned.architectures,
         )
         package.finish(manifest)
     if options.wheel:

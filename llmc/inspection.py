@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmc.backends.choose import know_ops
 from llmc.backends.tvm.lower import lower
 from llmc.backends.tvm.lower_attention import entry_graph
 from llmc.entries import specialised
@@ -56,6 +57,7 @@ def inspect(source: Path, after: str | None = None, entry: str | None = None, fo
 
 def read_graph(package: Path, stage: str) -> Graph:
     """A graph that a package carries: `model`, `step`, or an entry point."""
+    know_ops(read_manifest(package)["target"]["kind"])
     path = package / "graph" / f"{stage}.ir"
     if not path.is_file():
         raise LlmcError(f"{package} has no graph {stage!r}; it has {sorted(p.stem for p in path.parent.glob('*.ir'))}")

@@ -38,6 +38,8 @@ class CompileOptions:
     wheel: bool = False
     dump_ir: Path | None = None
     check_numerics: bool = False
+    tune: bool = False
+    """Whether tilings are measured on the GPUs of this machine (see `tuning`)."""
     block_size: int = 16
     limits: Limits | None = None
     """None: what `LIMITS` has for the target."""

@@ -16,6 +16,7 @@ from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.launcher import build_launcher
 from llmc.backends.triton.lower import entry_graph, lower
 from llmc.backends.triton.plan import GpuEntry, describe_entry, plan_entry
+from llmc.backends.triton.tiling import Tunings
 from llmc.ir.graph import Graph
 from llmc.ir.target import GpuVariant, Target
 from llmc.ir.types import DType
@@ -27,17 +28,20 @@ _DATE = (1980, 1, 1, 0, 0, 0)
 
 class TritonBackend:
     """Kernels for the architectures of a target and sequences of `longest` tokens at most, whose activations enter
-    products in `compute`."""
+    products in `compute`. `tunings`: measured tilings."""
 
     name = "triton"
     entry_names: Sequence[str] = ("decode", "prefill")
 
-    def __init__(self, target: Target, longest: int, compute: DType, block_size: int) -> None:
+    def __init__(
+        self, target: Target, longest: int, compute: DType, block_size: int, tunings: Tunings | None = None
+    ) -> None:
         self._version = find_triton()  # now, and not when everything else is done
         self.variants = target.gpu_variants
         self.longest = longest
         self.compute = compute
         self.block_size = block_size
+        self.tunings = tunings or Tunings()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -52,7 +56,7 @@ class TritonBackend:
         """See `Backend`."""
         graph = entry_graph(name, graph)
         verify(graph)
-        return plan_entry(name, graph, self.variants, self.longest, self.block_size)
+        return plan_entry(name, graph, self.variants, self.longest, self.block_size, self.tunings)
 
     def compile(self, entries: Sequence[GpuEntry], scratch: Path) -> Kernels:
         """See `Backend`. One archive of cubins and PTX for each architecture, and what its kernels take of the chip."""
@@ -116,6 +120,8 @@ def _archive(compiled: Mapping[str, Compiled]) -> bytes:
     return buffer.getvalue()
 
 
-def make(target: Target, longest: int, compute: DType, block_size: int) -> TritonBackend:
+def make(
+    target: Target, longest: int, compute: DType, block_size: int, tunings: Tunings | None = None
+) -> TritonBackend:
     """See `choose.backend_for`."""
-    return TritonBackend(target, longest, compute, block_size)
+    return TritonBackend(target, longest, compute, block_size, tunings)

@@ -65,16 +65,20 @@ def find_triton() -> str:
 
 
 def compile_sources(
-    sources: Sequence[KernelSource], variant: GpuVariant, processes: int | None = None
+    sources: Sequence[KernelSource],
+    variant: GpuVariant,
+    processes: int | None = None,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, Compiled]:
-    """Cubins by kernel name, of each name one. Raises `LlmcError` naming the first kernel that cannot be compiled."""
+    """Cubins by kernel name, of each name one. Raises `LlmcError` naming the first kernel that cannot be compiled; with
+    `failures` such kernels are left out, and why is noted there by name."""
     by_name = {source.name: source for source in sources}
     count = min(len(by_name), processes or len(os.sched_getaffinity(0)))
     if not count:
         return {}
     with tempfile.TemporaryDirectory(prefix="llmc-triton-") as scratch:
         folder = Path(scratch)
-        answers = list(_answers([_job(source, variant) for source in by_name.values()], folder, count))
+        answers = list(_answers([_job(source, variant) for source in by_name.values()], folder, count, failures))
         with ThreadPoolExecutor(count) as pool:  # most of the time is spent in disassemblers, which are processes
             made = list(pool.map(lambda answer: _finish(answer, by_name[answer["name"]], variant), answers))
     by_answer = {answer["name"]: kernel for answer, kernel in zip(answers, made, strict=True)}
@@ -93,7 +97,9 @@ def _job(source: KernelSource, variant: GpuVariant) -> dict[str, Any]:
     }
 
 
-def _answers(jobs: Sequence[Mapping[str, Any]], folder: Path, count: int) -> Iterator[dict[str, Any]]:
+def _answers(
+    jobs: Sequence[Mapping[str, Any]], folder: Path, count: int, failures: dict[str, str] | None
+) -> Iterator[dict[str, Any]]:
     """What the workers say, in any order; each takes a job when it is done with the one before."""
     todo: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
     for job in jobs:
@@ -122,6 +128,9 @@ def _answers(jobs: Sequence[Mapping[str, Any]], folder: Path, count: int) -> Ite
                     said = errors.read_text(errors="replace").strip().splitlines()[-1:]
                     raise LlmcError(f"the compiler of {job['name']} ended without an answer: {' '.join(said)}")
                 answer = json.loads(line)
+                if "error" in answer and failures is not None:
+                    failures[job["name"]] = str(answer["error"])
+                    continue
                 if "error" in answer:
                     raise LlmcError(f"cannot compile {job['name']} for sm_{job['capability']}: {answer['error']}")
                 done.append({**answer, "folder": str(own)})

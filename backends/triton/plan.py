@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmc.backends.base import Entry, Launch
 from llmc.backends.buffers import Buffers, bounds_of, is_view, linear_cost
+from llmc.backends.triton.products import ProductCall
 from llmc.backends.triton.select import Step, select
+from llmc.backends.triton.tiling import Product, Tunings
 from llmc.ir.graph import Graph
 from llmc.ir.op import Node
 from llmc.ir.target import GpuVariant
@@ -21,12 +24,13 @@ SMALLEST_PREFILL = 16
 @dataclass(frozen=True)
 class GpuLaunch(Launch):
     """One kernel run on a grid of programs. `workspace` bytes and `tickets` (i32, zero before and after) are what its
-    programs share; `shares`: whether the kernel is given both."""
+    programs share; `shares`: whether the kernel is given both. `product`: what is cut into tiles, where it is one."""
 
     grid: tuple[int, int, int] = (1, 1, 1)
     workspace: int = 0
     tickets: int = 0
     shares: bool = False
+    product: ProductCall | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def bucket_sizes(name: str, most: int) -> list[int]:
     return [*sizes, most]
 
 
-def plan_entry(name: str, graph: Graph, variants: Sequence[GpuVariant], longest: int, block_size: int) -> GpuEntry:
+def plan_entry(
+    name: str, graph: Graph, variants: Sequence[GpuVariant], longest: int, block_size: int, tunings: Tunings
+) -> GpuEntry:
     """Launches in the graph's order, for sequences of `longest` tokens at most."""
     bounds = {n: bounds_of(graph, n) for n in ("tokens", "sequences", "outputs")}
     nodes = [n for n in graph.nodes if n not in graph.parameter_only and not is_view(n)]
@@ -64,11 +70,23 @@ def plan_entry(name: str, graph: Graph, variants: Sequence[GpuVariant], longest:
         made = []
         for tokens in bucket_sizes(name, bounds["tokens"][1]):
             sizes = {n: min(tokens, bounds[n][1]) for n in ("sequences", "outputs")}
-            step = Step(variant, tokens, sizes["sequences"], sizes["outputs"], longest, block_size, name == "decode")
+            most = (tokens, sizes["sequences"], sizes["outputs"])
+            step = Step(variant, *most, longest, block_size, name == "decode", tunings)
             made.append(Bucket(tokens, tuple(_launch(n, step, *costs[n]) for n in nodes)))
         buckets[variant.name] = tuple(made)
     launches = [launch for of in buckets.values() for bucket in of for launch in bucket.launches]
     return GpuEntry(name, bounds, graph, launches, plan_memory(graph), MemoryPlan({}, 0, 0), buckets)
+
+
+def planned_products(entries: Sequence[GpuEntry], variant: str) -> list[ProductCall]:
+    """Every distinct product of one architecture, in the order of the plan, as most of its launches do it."""
+    buckets = [bucket for entry in entries for bucket in entry.buckets[variant]]
+    counts = Counter(launch.product for bucket in buckets for launch in bucket.launches if launch.product is not None)
+    most: dict[Product, ProductCall] = {}
+    for call, count in counts.items():
+        if call.product not in most or count > counts[most[call.product]]:
+            most[call.product] = call
+    return list(most.values())
 
 
 def describe_entry(entry: GpuEntry, variant: str, buffers: Buffers) -> dict[str, Any]:
@@ -111,4 +129,5 @@ def _launch(node: Node, step: Step, flops: tuple[int, int, int], traffic: tuple[
         workspace=chosen.workspace,
         tickets=chosen.tickets,
         shares=chosen.shares,
+        product=chosen.product,
     )

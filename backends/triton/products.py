@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from llmc.backends.base import KernelSpec
 from llmc.backends.triton.kernels.linear import linear_spec
 from llmc.backends.triton.ops import BlockAppend, BlockGatedLinear, BlockLinear
-from llmc.backends.triton.tiling import Product, Tiling, choose
+from llmc.backends.triton.tiling import Product, Tiling, Tunings, choose
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
@@ -24,6 +25,29 @@ SUMS_MOST = 16
 of their own (`tcgen05`)."""
 
 
+@dataclass(frozen=True)
+class ProductCall:
+    """A product as a launch does it: what the model of tilings looks at, and all else of its kernel but the tiling.
+
+    `rows_dim`, `format`, `weight`, `x`, `compute` and `options` as in `linear_spec`.
+    """
+
+    product: Product
+    rows_dim: int
+    format: str
+    weight: DType
+    x: DType
+    compute: DType
+    options: tuple[tuple[str, Any], ...]
+
+    def spec(self, tiling: Tiling) -> KernelSpec:
+        """The kernel that is cut so."""
+        p = self.product
+        return linear_spec(
+            p.n, p.k, p.m, self.rows_dim, self.format, self.weight, self.x, self.compute, tiling, **dict(self.options)
+        )
+
+
 def product_kernel(
     op: BlockLinear | BlockGatedLinear | BlockAppend,
     x: DType,
@@ -31,14 +55,16 @@ def product_kernel(
     rows: int,
     rows_dim: int,
     variant: GpuVariant,
+    tunings: Tunings,
     **options: Any,
-) -> tuple[KernelSpec, Tiling]:
-    """The kernel for up to `rows` rows of x, which `dims[rows_dim]` counts; `options` as in `linear_spec`."""
+) -> tuple[ProductCall, Tiling]:
+    """The product of up to `rows` rows of x, which `dims[rows_dim]` counts, and its tiling: the measured one, or the
+    model's choice. `options` as in `linear_spec`."""
     scale = scales_weights(op, rows, variant)
-    tiling = _choose(product_of(op, rows, scale), variant)
-    norm = {"norm_eps": op.norm_eps, "out_dtype": op.dtype.value, "scale_weights": scale}
-    spec = linear_spec(op.rows, op.width, rows, rows_dim, op.format, weight, x, op.compute, tiling, **norm, **options)
-    return spec, tiling
+    product = product_of(op, rows, scale)
+    options |= {"norm_eps": op.norm_eps, "out_dtype": op.dtype.value, "scale_weights": scale}
+    call = ProductCall(product, rows_dim, op.format, weight, x, op.compute, tuple(sorted(options.items())))
+    return call, tunings.get(product, variant) or _choose(product, variant)
 
 
 def scales_weights(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, variant: GpuVariant) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.dynamic_rotary import DynamicRotaryTable
-from llmc.backends.triton import splits
 from llmc.backends.triton.kernels import (
     attention_decode,
     attention_prefill,
+    attention_splits,
     elementwise,
     embedding,
     gather_rows,
@@ -30,7 +30,8 @@ from llmc.backends.triton.ops import (
     SelectTokens,
 )
 from llmc.backends.triton.packing import blocks_of
-from llmc.backends.triton.products import product_kernel
+from llmc.backends.triton.products import ProductCall, product_kernel
+from llmc.backends.triton.tiling import Tunings
 from llmc.ir.op import Node, Op, Value
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Cast, Mul, MulScalar
@@ -46,7 +47,8 @@ _OpT = TypeVar("_OpT", bound=Op)
 @dataclass(frozen=True)
 class Step:
     """A step that kernels are chosen for: on which architecture, of how many tokens, sequences and rows of logits at
-    most; `decode` has one token for each sequence; contexts of `longest` tokens at most, in pages of `block_size`."""
+    most; `decode` has one token for each sequence; contexts of `longest` tokens at most, in pages of `block_size`;
+    `tunings` of products."""
 
     variant: GpuVariant
     tokens: int
@@ -55,6 +57,7 @@ class Step:
     longest: int
     block_size: int
     decode: bool
+    tunings: Tunings = field(default_factory=Tunings)
 
     def rows(self, rows_dim: int) -> int:
         """The most rows that `dims[rows_dim]` counts."""
@@ -64,7 +67,7 @@ class Step:
 @dataclass(frozen=True)
 class Selected:
     """A kernel, the values it is given in order, its grid, and what its programs share (see `plan.GpuLaunch`), if
-    the kernel takes something to share at all."""
+    the kernel takes something to share at all. `product`: what is cut into tiles, where it is a product."""
 
     spec: KernelSpec
     arguments: tuple[Value, ...]
@@ -72,6 +75,7 @@ class Selected:
     workspace: int = 0
     tickets: int = 0
     shares: bool = False
+    product: ProductCall | None = None
 
 
 _Choose = Callable[[Any, Node, Step], Selected | None]
@@ -197,10 +201,11 @@ def _product(
     x = node.inputs[0].type
     dim = rows_dim(x)
     weight = node.inputs[op.weight_at].type.dtype
-    spec, tiling = product_kernel(op, x.dtype, weight, step.rows(dim), dim, step.variant, **epilogue)
     m = step.rows(dim)
+    call, tiling = product_kernel(op, x.dtype, weight, m, dim, step.variant, step.tunings, **epilogue)
     workspace = tiling.workspace_bytes(op.rows, op.width, m)
-    return Selected(spec, given, (tiling.programs, 1, 1), workspace, tiling.tiles(op.rows, m), shares=True)
+    tickets = tiling.tiles(op.rows, m)
+    return Selected(call.spec(tiling), given, (tiling.programs, 1, 1), workspace, tickets, shares=True, product=call)
 
 
 @_kernel(RoundedAppend)
@@ -228,8 +233,13 @@ def _attention(op: PagedAttention, node: Node, step: Step) -> Selected:
     spec = attention_decode.decode_spec(**told, **states, sequences=step.tokens, longest=step.longest)
     query_start = node.inputs[4 + 2 * op.scaled]
     given = tuple(v for v in node.inputs if v != query_start)
-    workspace, tickets = splits.workspace_bytes(spec, step.tokens), splits.tickets(spec, step.tokens)
-    return Selected(spec, (*given, *node.results), splits.grid(spec, step.tokens), workspace, tickets, shares=True)
+    workspace, tickets = (
+        attention_splits.workspace_bytes(spec, step.tokens),
+        attention_splits.tickets(spec, step.tokens),
+    )
+    return Selected(
+        spec, (*given, *node.results), attention_splits.grid(spec, step.tokens), workspace, tickets, shares=True
+    )
 
 
 @_kernel(GatherRows)

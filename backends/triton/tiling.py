@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from llmc.backends.triton.packing import COLUMNS, ROWS, blocks_of
 from llmc.ir.target import GpuVariant
@@ -95,6 +95,17 @@ class Tiling:
         rounded = self.block_k * self.block_m * product.item if product.norm else 0
         copies = self.block_n * self.block_k * product.item * product.copies
         return self.stages * (weight + x) + rounded + copies + RESERVED
+
+
+@dataclass(frozen=True)
+class Tunings:
+    """Tilings that were measured to be the fastest, by product and architecture; the model chooses the others."""
+
+    chosen: Mapping[tuple[Product, str], Tiling] = field(default_factory=dict)
+
+    def get(self, product: Product, variant: GpuVariant) -> Tiling | None:
+        """The measured choice, or None."""
+        return self.chosen.get((product, variant.name))
 
 
 def uses_warps(variant: GpuVariant, warps: int) -> bool:

@@ -56,6 +56,14 @@ def command(
     check_numerics: Annotated[
         bool, typer.Option("--check-numerics", help="Interpret before and after passes.")
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Choose how products are cut into tiles by measuring, on a GPU of this machine that the target names:"
+            " about a minute, and the time to compile what is tried. Without it a model of the GPU chooses.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into a standalone package."""
@@ -71,6 +79,7 @@ def command(
         wheel=wheel,
         dump_ir=dump_ir,
         check_numerics=check_numerics,
+        tune=tune,
     )
     if error_console.is_terminal and not as_json:
         with error_console.status("starting") as status:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -35,4 +38,16 @@ def _detail(report: CompileReport, phase: str) -> str:
         return f"{len(report.kernel_seconds)} distinct"
     if phase == "passes":
         return f"{len(report.passes)} passes"
+    if phase == "tuning":
+        return "; ".join(_tuned(name, table) for name, table in report.tuning["architectures"].items())
     return ""
+
+
+def _tuned(name: str, table: Mapping[str, Any]) -> str:
+    """One architecture: how many of its products were measured, and for how many that changed the choice."""
+    if table["device"] is None:
+        return f"{name}: {table['note']}"
+    products = table["products"]
+    measured = [row for row in products if row["by"] == "measurement"]
+    changed = sum(row["chosen"] != 0 for row in measured)
+    return f"{name}: {len(measured)} of {len(products)} products measured, {changed} not as modelled"

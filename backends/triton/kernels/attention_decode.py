@@ -5,14 +5,16 @@ from __future__ import annotations
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
 from llmc.backends.triton.kernels.attention_parts import (
+    EIGHT_BITS,
     LEAST,
     arguments,
     constants,
     expects_fp8,
+    reads_words,
     semantics,
 )
+from llmc.backends.triton.kernels.attention_splits import splits
 from llmc.backends.triton.source import KernelSource
-from llmc.backends.triton.splits import splits
 from llmc.ir.target import GpuVariant
 
 
@@ -46,20 +48,23 @@ def decode_spec(
         block_size=block_size,
     )
     seen = min(longest, window) if window else longest
-    wide, thin = head_dim > 128, state_dtype in ("f8e4m3", "i8")
-    tile = 128 if thin and not wide else 64
-    if dtype == "f32":  # without tensor cores, and all of a tile in registers
-        tile = 32 if not wide else 16
-    rows = max(LEAST, 1 << (num_heads // num_kv_heads - 1).bit_length())
+    wide, thin = head_dim > 128, state_dtype in EIGHT_BITS
+    group = num_heads // num_kv_heads
+    rows = max(LEAST, 1 << (group - 1).bit_length())
+    tile, stages, warps = 128 if thin and not wide else 64, 3, 4 if rows < 64 else 8
+    if dtype == "f32":  # without tensor cores: no more rows than there are, operands in registers
+        rows, tile, stages, warps = max(4, 1 << (group - 1).bit_length()), 32, 2, 8
+    elif wide or state_dtype == "f32" or (state_dtype == "i8" and variant.capability >= (10, 0)):
+        stages = 2
     return KernelSpec.of(
         "attention_decode",
         **told,
         splits=splits(sequences, num_kv_heads, seen, variant),
         rows=rows,
-        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
+        words=reads_words(state_dtype, head_dim),
         tile=max(tile, block_size),
-        stages=2 if wide or dtype == "f32" or state_dtype == "f32" else 3,
-        warps=4,
+        stages=stages,
+        warps=warps,
     )
 
 

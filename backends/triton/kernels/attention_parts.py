@@ -13,6 +13,7 @@ from llmc.ir.types import DType
 FP8 = "f8e4m3"
 COMPUTE = ("bf16", "f16", "f32")
 STATES = ("bf16", "f16", "f32", FP8, "i8")
+EIGHT_BITS = (FP8, "i8")
 BLOCK_SIZES = (16, 32, 64)
 WIDEST = 256
 """The largest head_dim."""
@@ -27,11 +28,17 @@ def state_pointer(dtype: str) -> str:
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
-    """A head as two powers of two, the second 0 where one is enough: 80 = 64 + 16. Tiles of Triton have such sizes, and
-    to pad 80 to 128 would be 60 % more work. Where even two do not fit exactly, the last is padded."""
+    """A head as two powers of two, the second 0 where one is enough: 96 = 64 + 32. Tiles of Triton have such sizes, and
+    to pad 96 to 128 would be a third more work. The last is padded to fit, to 32 at least: of fewer columns, four warps
+    have not one tile of a product each."""
     first = max(LEAST, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
-    return first, max(LEAST, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+    return first, max(2 * LEAST, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+
+
+def reads_words(state_dtype: str, head_dim: int) -> bool:
+    """Whether a kernel loads states of 8 bits four at a time."""
+    return state_dtype in EIGHT_BITS and head_dim % 4 == 0
 
 
 def semantics(
@@ -97,6 +104,8 @@ def arguments(parameters: Mapping[str, Any], *inputs: str) -> tuple[tuple[str, s
 def constants(parameters: Mapping[str, Any], target: GpuVariant | None) -> tuple[tuple[str, int | float | bool], ...]:
     """The constants that say what is computed, and `PDL`."""
     first, second = head_parts(parameters["head_dim"])
+    if first > 128 and parameters["dtype"] == "f32":  # operands of one product are in registers
+        first = second = first // 2
     return (
         ("KV_HEADS", parameters["num_kv_heads"]),
         ("GROUP", parameters["num_heads"] // parameters["num_kv_heads"]),
@@ -105,7 +114,7 @@ def constants(parameters: Mapping[str, Any], target: GpuVariant | None) -> tuple
         ("FIRST", first),
         ("SECOND", second),
         # 8 bits become f16 in fewer instructions than bf16: queries in bf16 are scaled into f16's range.
-        ("HALVED", parameters["state_dtype"] in (FP8, "i8") and parameters["dtype"] == "bf16"),
+        ("HALVED", parameters["state_dtype"] in EIGHT_BITS and parameters["dtype"] == "bf16"),
         ("SCALE", parameters["scale"]),
         ("SOFT_CAP", parameters["soft_cap"]),
         ("WINDOW", parameters["window"]),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
 from llmc.backends.triton.kernels.attention_parts import (
+    FP8,
     LEAST,
     arguments,
     constants,
     expects_fp8,
+    reads_words,
     semantics,
 )
 from llmc.backends.triton.source import KernelSource
@@ -48,23 +50,50 @@ def prefill_spec(
         block_size=block_size,
     )
     group = num_heads // num_kv_heads
-    wide = head_dim > 128
-    needed = 1 << (tokens * group - 1).bit_length()
-    if dtype == "f32":  # without tensor cores, and all of a tile in registers
-        most, tile = (32, 32) if not wide else (16, 16)
-    else:
-        most, tile = (ROWS if not wide else 64), 64
-    rows = max(LEAST, 1 << (group - 1).bit_length(), min(most, needed))
+    needed = max(LEAST, 1 << (tokens * group - 1).bit_length())
+    rows, tile, warps = _shape(dtype, state_dtype, head_dim, block_size, needed, variant)
+    rows = max(rows, 1 << (group - 1).bit_length())
     return KernelSpec.of(
         "attention_prefill",
         **told,
         sequences=1 << (sequences - 1).bit_length(),
         rows=rows,
-        words=state_dtype in ("f8e4m3", "i8") and head_dim % 4 == 0,
+        # Where products take their operands from shared memory, the order of bytes costs nothing.
+        words=reads_words(state_dtype, head_dim) and not (rows >= 64 and _from_shared(variant)),
         tile=max(tile, block_size),
         stages=2,
-        warps=8 if rows == 128 and dtype != "f32" else 4,
+        warps=warps,
     )
+
+
+def _from_shared(variant: GpuVariant) -> bool:
+    """Whether tensor cores read tiles of 64 rows and more from shared memory: from Hopper on."""
+    return variant.capability >= (9, 0)
+
+
+def _shape(
+    dtype: str, state_dtype: str, head_dim: int, block_size: int, needed: int, variant: GpuVariant
+) -> tuple[int, int, int]:
+    """Rows, tokens of a tile, warps: the largest that compiles without spilled registers, and no more rows than
+    `needed`. A tile has whole blocks, so large blocks make it larger than it was meant to be."""
+    codes = state_dtype == "i8"
+    small = min(32, needed)
+    if dtype == "f32":  # without tensor cores, operands in registers
+        return min(16, needed), 16, 8
+    if _from_shared(variant):
+        if head_dim <= 128:
+            return (ROWS, 64, 8) if needed >= ROWS else (needed, 64, 4)
+        if head_dim <= 192 and not codes and state_dtype != FP8 and needed >= ROWS and block_size <= 32:
+            return ROWS, 32, 8
+        # B200's products leave their results outside of registers, and moving them takes some.
+        most = 32 if block_size > 32 or (codes and variant.capability >= (10, 0)) else 64
+        return min(most, needed), 32, 8
+    if head_dim <= 128:
+        fits = needed >= ROWS and block_size <= (16 if codes else 32)
+        return (ROWS, 32, 8) if fits else (small, 32, 4)
+    if head_dim <= 192:
+        return (64, 16, 8) if needed >= 64 and block_size == 16 and not codes else (small, 32, 4)
+    return min(16 if block_size > 32 else 32, needed), 32, 8
 
 
 def grid(spec: KernelSpec, tokens: int, sequences: int) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """Runs a kernel's source in Triton's interpreter on CPU tensors, with bf16 arithmetic and 8-bit floats made right.
 
-The interpreter keeps bf16 as uint16 and calculates with the bit patterns (triton-lang/triton#11584), and rounds to
-8-bit floats wrongly; the replacements below round as the GPU does. It reads the environment when triton is imported, so
-`tests/conftest.py` sets it.
+The interpreter keeps bf16 as uint16 and calculates with the bit patterns (triton-lang/triton#11584), and its casts to
+8-bit floats round ties upwards and lose carries; the replacements below round as the GPU does. It reads the environment
+when triton is imported, so `tests/conftest.py` sets it.
 """
 
 from __future__ import annotations

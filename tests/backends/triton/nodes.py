@@ -52,7 +52,8 @@ def run_node(node: Node, step: Step, arrays: Mapping[Value, Array], sizes: Mappi
         given += [torch.full((max(1, chosen.workspace // 4),), torch.nan), tickets]
     order = ("tokens", "sequences", "max_blocks", "outputs")
     given.append(torch.tensor([sizes.get(n, 1) for n in order], dtype=torch.int32))
-    run(source, chosen.grid, dict(zip((name for name, _ in source.arguments), given, strict=True)))
+    named = zip(source.arguments, given, strict=True)
+    run(source, chosen.grid, {name: t.view(torch.float8_e4m3fn) if "fp8" in of else t for (name, of), t in named})
     assert not tickets.any()
     return {v: as_array(tensors[storage(v)], v.type.dtype) for v in node.results}
 

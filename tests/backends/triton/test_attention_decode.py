@@ -11,7 +11,7 @@ import torch
 from llmc.backends.base import KernelSpec
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.attention_decode import decode_spec
-from llmc.backends.triton.splits import grid, tickets, workspace_bytes
+from llmc.backends.triton.kernels.attention_splits import grid, tickets, workspace_bytes
 from llmc.ir.op import Array
 from llmc.ir.ops.attention import PagedAttention
 from tests.backends.triton.interpreter import run

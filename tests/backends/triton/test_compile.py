@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmc.backends.base import KernelSpec
 from llmc.backends.triton.compile import compile_sources
 from llmc.backends.triton.cubin import kernel_parameters
 from llmc.backends.triton.kernels import source_of
+from llmc.ir.errors import LlmcError
 from llmc.ir.target import GPU_VARIANTS
 
 
@@ -20,3 +23,14 @@ def test_a_kernel_is_compiled_without_a_gpu(name: str) -> None:
     assert compiled.arguments == 4 and compiled.threads == 128 and compiled.spills == 0
     assert 0 < compiled.registers < 64 and compiled.instructions > 10
     assert compiled.dependent == (variant.capability >= (9, 0))
+
+
+def test_a_kernel_that_does_not_compile_is_named_or_left_out() -> None:
+    variant = GPU_VARIANTS["sm_90"]
+    good = source_of(KernelSpec.of("gather_rows", width=2048, dtype="f32"), variant)
+    broken = replace(good, name="broken", text=good.text.replace(good.name, "broken").replace("tl.load", "tl.lode"))
+    with pytest.raises(LlmcError, match=r"(?s)cannot compile broken for sm_90: .*lode"):
+        compile_sources([broken], variant)
+    failures: dict[str, str] = {}
+    assert compile_sources([broken, good], variant, failures=failures).keys() == {good.name}
+    assert failures.keys() == {"broken"} and "lode" in failures["broken"]

@@ -74,7 +74,8 @@ def assert_near(got: Array, truth: Array, dtype: str) -> None:
 @pytest.mark.parametrize("state", ["f32", "f16", "bf16", "f8e4m3"])
 @pytest.mark.parametrize(("given", "dtype"), [("f32", "bf16"), ("f16", "f16"), ("f32", "f32"), ("bf16", "bf16")])
 @pytest.mark.parametrize(
-    ("head_dim", "rotary_dim", "layout"), [(64, 64, "half"), (80, 32, "half"), (20, 8, "interleaved"), (32, 0, "half")]
+    ("head_dim", "rotary_dim", "layout"),
+    [(64, 64, "half"), (80, 32, "half"), (20, 8, "interleaved"), (32, 0, "half")],
 )
 def test_float_states(head_dim: int, rotary_dim: int, layout: str, given: str, dtype: str, state: str) -> None:
     heads, kv_heads = 4, 2
@@ -110,10 +111,8 @@ def test_codes_and_scales_are_those_of_the_ir(size: int) -> None:
         if slot < 0:
             continue
         block, offset = divmod(int(slot), size)
-        for what, got, scale in (
-            (heads, key[block, 0, :, offset], key_scale),
-            (heads + 1, value[block, 0, offset], value_scale),
-        ):
+        results = (heads, key[block, 0, :, offset], key_scale), (heads + 1, value[block, 0, offset], value_scale)
+        for what, got, scale in results:
             codes, scales = quantize_rows(qkv[token, what : what + 1])
             assert np.array_equal(got, codes[0])
             assert np.array_equal(scale[block, 0, offset], scales[0], equal_nan=True)
