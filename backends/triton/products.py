@@ -16,7 +16,7 @@ from llmc.ir.types import DType
 
 _choose = cache(choose)
 
-INSTRUCTIONS, SCALING = {"float": 0.5, "int4": 1.55, "int8": 1.95, "e4m3": 2.45}, 0.5
+INSTRUCTIONS, SCALING = {"float": 0.5, "int4": 1.55, "int8": 1.95, "e4m3": 2.45}, 1.0
 """Of a thread for each weight, by how it is decoded, but for what a pass of the loop takes anyhow; and to scale it:
 counted in code for sm_90 (see benchmarks/NOTES.md)."""
 
@@ -70,12 +70,13 @@ def product_kernel(
 def scales_weights(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, variant: GpuVariant) -> bool:
     """Whether codes are scaled before they are multiplied, and not the sums of each group afterwards.
 
-    A thread scales two weights with one instruction, and a sum of `group` weights with one for each row of x.
+    A thread scales two weights with two instructions (see `times` in templates/triton/dequant), and a sum of `group`
+    weights with one for each row of x.
     """
     format = FORMATS.get(op.format)
     if format is None or op.compute is DType.F32:
         return False
-    return rows > format.group // 2 or (rows > SUMS_MOST and variant.capability >= (10, 0))
+    return rows > format.group or (rows > SUMS_MOST and variant.capability >= (10, 0))
 
 
 def product_of(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, scale_weights: bool = False) -> Product:

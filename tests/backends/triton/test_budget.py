@@ -22,8 +22,8 @@ DELIVERED = 0.9
 BF16 = DType.BF16
 
 SHORT = {
-    # Memory of 8 TB/s brings two weights where an H200's brings one, and the clock is the same. Up to 8 tokens fit; with
-    # 16, pairs of x are put together in registers anew for each 16 rows, which takes 0.4 instructions a weight.
+    # Memory of 8 TB/s brings two weights where an H200's brings one, and the clock is the same. Up to 8 tokens fit;
+    # with 16, pairs of x are put together in registers anew for each 16 rows: 0.4 instructions a weight.
     ("sm_100", "q4"): 3.1,
     ("sm_100", "q4g64"): 2.85,
     ("sm_100", "q4g128"): 2.7,
