@@ -215,6 +215,6 @@ def _arguments(p: dict[str, Any], kind: str) -> list[tuple[str, str]]:
 
 def _prefetched(p: dict[str, Any], bits: int) -> int:
     """Chunks that a program asks for before it waits: about as much as the memory brings during a launch."""
-    chunk = p["block_n"] * p["block_k"] * bits // 8
+    chunk: int = p["block_n"] * p["block_k"] * bits // 8
     units = blocks_of(p["n"], p["block_n"]) * blocks_of(p["k"], p["block_k"])
     return min(blocks_of(units, p["programs"]), max(1, EARLY // chunk))

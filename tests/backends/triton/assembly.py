@@ -55,11 +55,13 @@ def execute(text: str, operands: Sequence[Any]) -> Any:
         if name == "mov.b32":
             registers[target] = value(sources[0])
         elif name == "lop3.b32":
-            registers[target] = _lop3(*map(value, sources[:3]), int(sources[3], 0))
+            a, b, c = map(value, sources[:3])
+            registers[target] = _lop3(a, b, c, int(sources[3], 0))
         else:
             half = re.fullmatch(r"fma\.rn\.(bf16x2|f16x2)", name)
             assert half, f"an instruction that is not known here: {statement}"
-            registers[target] = _fma(_HALVES[half.group(1)], *map(value, sources))
+            a, b, c = map(value, sources)
+            registers[target] = _fma(_HALVES[half.group(1)], a, b, c)
     return registers["$0"]
 
 
