@@ -96,6 +96,6 @@ def product_of(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, scal
         item,
         norm,
         INSTRUCTIONS[kind] + (SCALING if scale_weights else 0),
-        copies=int(scale_weights or op.compute is DType.F32),
+        copies=int(op.compute is DType.F32),
         sums=not scale_weights,
     )

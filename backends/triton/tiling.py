@@ -10,11 +10,13 @@ from llmc.ir.target import GpuVariant
 
 LATENCY = 1.0e-6
 """Seconds from asking for memory to having it, with the memory busy: so much of its bandwidth must be under way."""
+SLACK = 1.5
+"""How much more than that is asked for, since programs wait for each other and for barriers."""
 LAUNCH = 1.5e-6
 """Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
 MATRIX_RATE = 1024.0
-"""Products of 16-bit numbers that a multiprocessor adds up in a cycle; from Hopper on four times as many, but half of
-that with the instructions of one warp."""
+"""Products of 16-bit numbers that a multiprocessor adds up in a cycle with the instructions of one warp; twice as many
+with Hopper's of four warps, four times with Blackwell's (of the datasheets' peaks, their clocks and multiprocessors)."""
 WARPS_TO_FILL = 3.0
 """Warps that a scheduler needs to start an instruction in every cycle."""
 PASS, SUM = 95, 28
@@ -29,8 +31,7 @@ class Product:
 
     `bits`: of a weight, its scale counted; `code_bits`: without; `span`: columns that share a scale, or 0; `item`:
     bytes of what products take; `norm`: whether x is f32 and normalised on the way; `instructions`: that bring a weight
-    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, where the matrix
-    unit reads no registers (Blackwell's `tcgen05`; counted everywhere);
+    from memory into a product; `copies`: of a tile of weights in shared memory, in what products take, on the way;
     `sums`: whether scales are applied to sums.
     """
 
@@ -134,9 +135,9 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     weight = tiling.block_n * tiling.block_k * product.bits / 8
     x = tiling.block_k * tiling.block_m * product.item / 8  # out of the L2 cache, which gives several times as much
     in_flight = at_once * (tiling.stages - 1) * tiling.block_n * tiling.block_k * product.bits / 8
-    bandwidth = variant.bandwidth * min(1.0, in_flight / (variant.bandwidth * LATENCY))
+    bandwidth = variant.bandwidth * min(1.0, in_flight / (SLACK * variant.bandwidth * LATENCY))
     memory = waves * per * (weight + x) * at_once / bandwidth
-    faster = 1 if variant.capability < (9, 0) else 2 if uses_warps(variant, tiling.warps) else 4
+    faster = 1 if uses_warps(variant, tiling.warps) else 2 if variant.capability < (10, 0) else 4
     rate = MATRIX_RATE * faster * variant.clock * variant.multiprocessors
     if product.item == 4:
         rate /= 16  # f32 is multiplied by ordinary units
@@ -150,8 +151,10 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     sums = COLUMNS // product.span if product.span and product.sums else 1
     instructions = weights * product.instructions + (PASS + SUM * (sums - 1)) * 32 * tiling.warps
     issue = waves * per * at_once * instructions / (variant.issue_rate * busy)
+    # From one tile to the next a program has nothing under way; the others of its multiprocessor go on.
+    ramps = (per - 1) / tiling.chunks(product.k) * LATENCY * variant.multiprocessors / at_once
     split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
-    return max(memory, matrix, issue) + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
+    return max(memory, matrix, issue) + ramps + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
 
 
 def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
@@ -175,8 +178,10 @@ def _warps(product: Product, size: int, block_m: int, variant: GpuVariant) -> tu
     without: to fetch sums out of a memory of their own takes longer than to multiply."""
     if size > 128 * 64:
         return (8,)
-    if block_m > 16 or product.item == 4 or variant.capability < (9, 0):
-        return (4,)
+    if product.item == 4 or variant.capability < (9, 0):
+        return (4,)  # of more, some would decode the same weights for other tokens
+    if block_m > 16:
+        return (4, 8) if size == 128 * 64 else (4,)
     return (2,) if variant.capability >= (10, 0) else (4, 2)
 
 
@@ -187,7 +192,7 @@ def _dealt(product: Product, tiling: Tiling, variant: GpuVariant, few: bool) -> 
         yield _with(tiling, tiles)
         return
     units = tiles * tiling.chunks(product.k)
-    for resident in range(1, min(4, _resident(product, tiling, variant)) + 1):
+    for resident in range(1, min(8, _resident(product, tiling, variant)) + 1):
         per = blocks_of(units, min(units, resident * variant.multiprocessors))
         yield _with(tiling, blocks_of(units, per))
 
