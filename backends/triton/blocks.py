@@ -45,7 +45,7 @@ def block_weight(b: Emitter, op: Blocked, weight: Value, compute: DType) -> tupl
 def packed_codes(b: Emitter, op: Blocked, codes: Value, scales: Value) -> tuple[Value, Value]:
     """Codes u8 [rows, padded width] and scales f16 [rows, groups] in the kernels' layout."""
     format = FORMATS[op.format]
-    blocks = b(PackBlocks(_word_bits(op.format)), ordered(b, op, codes))
+    blocks = b(PackBlocks(format.bits), ordered(b, op, codes))
     return blocks, b(PackScales(format.group), ordered(b, op, scales))
 
 
@@ -56,7 +56,7 @@ def natural_weight(b: Emitter, op: Blocked, packed: Sequence[Value]) -> Value:
         return _ordered(b, back, b.one(UnpackBlocks(op.rows, op.width), packed[0]))
     format = FORMATS[op.format]
     padded = format.padded(op.width)
-    codes = b.one(UnpackBlocks(op.rows, padded, _word_bits(op.format)), packed[0])
+    codes = b.one(UnpackBlocks(op.rows, padded, format.bits), packed[0])
     scales = b.one(UnpackScales(op.rows, padded // format.group), packed[1])
     pair = (_ordered(b, back, codes), _ordered(b, back, scales))
     result: Value = b.dequantize_weight(*pair, format=op.format, width=op.width)
@@ -70,8 +70,3 @@ def ordered(b: Emitter, op: Blocked, array: Value) -> Value:
 
 def _ordered(b: Emitter, order: OrderRows, array: Value) -> Value:
     return array if order.order == "natural" else b.one(order, array)
-
-
-def _word_bits(format: str) -> int:
-    """Bits of codes that go into words; 0 for those that are numbers as they are."""
-    return FORMATS[format].bits if FORMATS[format].kind == "integer" else 0

@@ -13,6 +13,9 @@ Array: TypeAlias = npt.NDArray[Any]
 ROWS, COLUMNS = 64, 128
 """Of a block: the smallest tile of rows, and columns in which every format has whole groups and whole words."""
 
+WORD_BYTES = 64
+"""Of a row of words: 16 bytes for each of 4 threads."""
+
 
 def blocks_of(size: int, block: int) -> int:
     """Blocks that hold `size` rows or columns."""
@@ -54,23 +57,50 @@ def from_blocks(blocks: Array, n: int, k: int) -> Array:
     return np.ascontiguousarray(padded[:n, :k])
 
 
-def to_words(codes: Array, bits: int) -> Array:
-    """Codes u8 [..., 128] of 4 or 8 bits -> i32 [..., 128 · bits / 32], so that shifts and masks give pairs of 16-bit
-    numbers: a word holds pairs of neighbours, of pair j the first at bit bits · j and the second 16 bits further up.
+def to_words(blocks: Array, bits: int) -> Array:
+    """Codes u8 [high, wide, 64, 128] of 4 or 8 bits -> words i32 [high, wide · bits / 4, 64, 16].
+
+    A row of 16 words is what the 4 threads that share a row of a matrix unit's operand hold, 4 words each, so that a
+    thread loads 16 bytes which it multiplies itself (NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16"). The word
+    4t + s holds, of slab s of 128 / bits columns, the pairs 8j + 2t and 8j + 2t + 1 at the bits bits · j and 16 more.
     """
-    pairs = 16 // bits
-    parts = codes.reshape(*codes.shape[:-1], COLUMNS // (2 * pairs), pairs, 2).astype(np.uint32)
-    words: Array = (parts << _shifts(bits)).sum((-1, -2), dtype=np.uint32).view(np.int32)
-    return words
+    high, wide, *_ = blocks.shape
+    pairs, pieces = 16 // bits, bits // 4
+    parts = blocks.reshape(high, wide, ROWS, pieces, 4, pairs, 4, 2)
+    words = np.zeros((high, wide, pieces, ROWS, 4, 4), np.uint32)
+    for j in range(pairs):
+        for upper in range(2):
+            codes = parts[..., j, :, upper].transpose(0, 1, 3, 2, 5, 4).astype(np.uint32)
+            words |= codes << np.uint32(bits * j + 16 * upper)
+    return words.view(np.int32).reshape(high, wide * pieces, ROWS, 16)
 
 
 def from_words(words: Array, bits: int) -> Array:
     """The inverse of `to_words`."""
-    parts = words.view(np.uint32)[..., None, None] >> _shifts(bits) & ((1 << bits) - 1)
-    return parts.reshape(*words.shape[:-1], COLUMNS).astype(np.uint8)
+    high, wide, *_ = words.shape
+    pairs, pieces = 16 // bits, bits // 4
+    parts = np.empty((high, wide // pieces, ROWS, pieces, 4, pairs, 4, 2), np.uint8)
+    found = words.view(np.uint32).reshape(high, wide // pieces, pieces, ROWS, 4, 4).transpose(0, 1, 3, 2, 5, 4)
+    for j in range(pairs):
+        for upper in range(2):
+            parts[..., j, :, upper] = found >> np.uint32(bits * j + 16 * upper) & np.uint32((1 << bits) - 1)
+    return parts.reshape(high, wide // pieces, ROWS, COLUMNS)
 
 
-def _shifts(bits: int) -> Array:
-    """[pair, which of it] -> where a code lies in a word."""
-    shifts: Array = (bits * np.arange(16 // bits)[:, None] + 16 * np.arange(2)[None, :]).astype(np.uint32)
-    return shifts
+def to_pairs(scales: Array, group: int) -> Array:
+    """Scales [n, groups] -> [ceil(n / 64), ceil(columns / 128), 32, 128 / group, 2], zeros where there are none: those
+    of the rows 16a + b and 16a + 8 + b, which one thread multiplies, side by side at 8a + b."""
+    n, groups = scales.shape
+    per = COLUMNS // group
+    high, wide = blocks_of(n, ROWS), blocks_of(groups, per)
+    padded = np.zeros((high * ROWS, wide * per), scales.dtype)
+    padded[:n, :groups] = scales
+    parts = padded.reshape(high, 4, 2, 8, wide, per)
+    return np.ascontiguousarray(parts.transpose(0, 4, 1, 3, 5, 2)).reshape(high, wide, ROWS // 2, per, 2)
+
+
+def from_pairs(pairs: Array, n: int, groups: int) -> Array:
+    """The inverse of `to_pairs`."""
+    high, wide, _, per, _ = pairs.shape
+    parts = pairs.reshape(high, wide, 4, 8, per, 2).transpose(0, 2, 5, 3, 1, 4)
+    return np.ascontiguousarray(parts.reshape(high * ROWS, wide * per)[:n, :groups])

@@ -9,11 +9,14 @@ import numpy as np
 from llmc.backends.triton.packing import (
     COLUMNS,
     ROWS,
+    WORD_BYTES,
     blocks_of,
     from_blocks,
+    from_pairs,
     from_words,
     row_order,
     to_blocks,
+    to_pairs,
     to_words,
 )
 from llmc.ir.op import Array, Op
@@ -54,8 +57,8 @@ class OrderRows(_Packing):
 
 @dataclass(frozen=True)
 class PackBlocks(_Packing):
-    """[n, k] -> [ceil(n / 64), ceil(k / 128), 64, 128], what is missing zero. Codes of `bits` bits (0: no codes of
-    whole numbers) come out as words i32 [..., 64, 128 · bits / 32]."""
+    """[n, k] -> [ceil(n / 64), ceil(k / 128), 64, 128], what is missing zero. Codes of `bits` bits (0: no codes) come
+    out as words i32 [ceil(n / 64), ceil(k / 128) · bits / 4, 64, 16] (see `packing.to_words`)."""
 
     bits: int = 0
 
@@ -65,7 +68,7 @@ class PackBlocks(_Packing):
         n, k = types[0].concrete({})
         shape = (blocks_of(n, ROWS), blocks_of(k, COLUMNS), ROWS, COLUMNS)
         if self.bits:
-            return (TensorType(DType.I32, (*shape[:3], COLUMNS * self.bits // 32)),)
+            return (TensorType(DType.I32, (shape[0], shape[1] * self.bits // 4, ROWS, WORD_BYTES // 4)),)
         return (TensorType(types[0].dtype, shape),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
@@ -83,7 +86,7 @@ class UnpackBlocks(_Packing):
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
         self.expects(len(types) == 1 and types[0].rank == 4, "blocks", *types)
-        shape = (blocks_of(self.rows, ROWS), blocks_of(self.width, COLUMNS))
+        shape = (blocks_of(self.rows, ROWS), blocks_of(self.width, COLUMNS) * (self.bits // 4 or 1))
         self.expects(types[0].shape[:2] == shape, f"{shape[0]} by {shape[1]} blocks", *types)
         return (TensorType(DType.U8 if self.bits else types[0].dtype, (self.rows, self.width)),)
 
@@ -94,25 +97,19 @@ class UnpackBlocks(_Packing):
 
 @dataclass(frozen=True)
 class PackScales(_Packing):
-    """Scales [n, groups] -> [groups, n padded to 64]: those of one group side by side. Zeros fill up the groups of a
-    last block of columns, `group` columns each."""
+    """Scales [n, groups] -> [ceil(n / 64), ceil(k / 128), 32, 128 / group, 2] (see `packing.to_pairs`); a group has
+    `group` columns, and zeros fill up the last block."""
 
     group: int
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
         self.expects(len(types) == 1 and types[0].rank == 2, "scales [n, groups]", *types)
         n, groups = types[0].concrete({})
-        return (TensorType(types[0].dtype, self._shape(n, groups)),)
+        per = COLUMNS // self.group
+        return (TensorType(types[0].dtype, (blocks_of(n, ROWS), blocks_of(groups, per), ROWS // 2, per, 2)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        (scales,) = arrays
-        n, groups = scales.shape
-        packed = np.zeros(self._shape(n, groups), scales.dtype)
-        packed[:groups, :n] = scales.T
-        return (packed,)
-
-    def _shape(self, n: int, groups: int) -> tuple[int, int]:
-        return blocks_of(groups * self.group, COLUMNS) * COLUMNS // self.group, blocks_of(n, ROWS) * ROWS
+        return (to_pairs(arrays[0], self.group),)
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,8 @@ class UnpackScales(_Packing):
     groups: int
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 2, "scales [groups, n padded to 64]", *types)
+        self.expects(len(types) == 1 and types[0].rank == 5, "scales in pairs", *types)
         return (TensorType(types[0].dtype, (self.rows, self.groups)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (np.ascontiguousarray(arrays[0][: self.groups, : self.rows].T),)
+        return (from_pairs(arrays[0], self.rows, self.groups),)

@@ -16,13 +16,13 @@ from llmc.ir.types import DType
 
 _choose = cache(choose)
 
-SMALL_GROUP = 64
-"""4-bit weights in smaller groups are scaled before the product. Counted for sm_90, tiles of 128 × 8: 4.6 instructions
-a weight, where a product for each group of 32 takes 5.9; groups of 64 take 3.2 with a product each."""
-
-INSTRUCTIONS, SCALING = {"float": 0.8, "int4": 2.3, "int8": 3.7, "e4m3": 3.1}, 1.7
+INSTRUCTIONS, SCALING = {"float": 0.5, "int4": 1.55, "int8": 1.95, "e4m3": 2.45}, 1.0
 """Of a thread for each weight, by how it is decoded, but for what a pass of the loop takes anyhow; and to scale it:
 counted in code for sm_90 (see benchmarks/NOTES.md)."""
+
+SUMS_MOST = 16
+"""Rows of x up to which sums are scaled on Blackwell, where those of more are left to units whose sums lie in a memory
+of their own (`tcgen05`)."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,23 @@ def product_kernel(
 ) -> tuple[ProductCall, Tiling]:
     """The product of up to `rows` rows of x, which `dims[rows_dim]` counts, and its tiling: the measured one, or the
     model's choice. `options` as in `linear_spec`."""
-    scale = scales_weights(op, variant)
+    scale = scales_weights(op, rows, variant)
     product = product_of(op, rows, scale)
     options |= {"norm_eps": op.norm_eps, "out_dtype": op.dtype.value, "scale_weights": scale}
     call = ProductCall(product, rows_dim, op.format, weight, x, op.compute, tuple(sorted(options.items())))
     return call, tunings.get(product, variant) or _choose(product, variant)
 
 
-def scales_weights(op: BlockLinear | BlockGatedLinear | BlockAppend, variant: GpuVariant) -> bool:
-    """Whether codes are scaled before they are multiplied. From Blackwell on sums lie in a memory of their own, and to
-    fetch those of each group takes longer than to scale its weights."""
+def scales_weights(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, variant: GpuVariant) -> bool:
+    """Whether codes are scaled before they are multiplied, and not the sums of each group afterwards.
+
+    A thread scales two weights with two instructions (see `times` in templates/triton/dequant), and a sum of `group`
+    weights with one for each row of x.
+    """
     format = FORMATS.get(op.format)
-    if format is None or format.kind != "integer" or op.compute is DType.F32:
+    if format is None or op.compute is DType.F32:
         return False
-    return variant.capability >= (10, 0) or (format.bits == 4 and format.group < SMALL_GROUP)
+    return rows > format.group or (rows > SUMS_MOST and variant.capability >= (10, 0))
 
 
 def product_of(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, scale_weights: bool = False) -> Product:
@@ -93,6 +96,6 @@ def product_of(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, scal
         item,
         norm,
         INSTRUCTIONS[kind] + (SCALING if scale_weights else 0),
-        copies=2 if kind == "int8" and op.compute is DType.BF16 and not scale_weights else 1,
+        copies=int(op.compute is DType.F32),
         sums=not scale_weights,
     )

@@ -54,14 +54,18 @@ def disassemble(cubin: Path) -> list[Instruction]:
 
 
 def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The bodies of loops: from the target of a branch backwards to the branch."""
+    """The bodies of loops: from the target of a branch backwards to the branch.
+
+    A branch that enters the middle of a loop from behind its end makes none: it comes back from where the assembler put
+    a wait that seldom takes long.
+    """
     found = []
     for instruction in instructions:
         target = _TARGET.search(instruction.operands) if instruction.family == "BRA" else None
         if target and int(target.group(1), 16) < instruction.address:
-            start = int(target.group(1), 16)
-            found.append([i for i in instructions if start <= i.address <= instruction.address])
-    return found
+            found.append((int(target.group(1), 16), instruction.address))
+    whole = [(s, e) for s, e in found if not any(start < s <= end < e for start, end in found)]
+    return [[i for i in instructions if start <= i.address <= end] for start, end in whole]
 
 
 def main_loop(instructions: Sequence[Instruction]) -> list[Instruction]:

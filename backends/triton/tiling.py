@@ -10,13 +10,16 @@ from llmc.ir.target import GpuVariant
 
 LATENCY = 1.0e-6
 """Seconds from asking for memory to having it, with the memory busy: so much of its bandwidth must be under way."""
+SLACK = 1.5
+"""How much more than that is asked for, since programs wait for each other and for barriers."""
 LAUNCH = 1.5e-6
 """Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
 MATRIX_RATE = 1024.0
-"""Products of 16-bit numbers that a multiprocessor adds up in a cycle; four times as many from Hopper on."""
+"""Products of 16-bit numbers that a multiprocessor adds up in a cycle with the instructions of one warp; twice as many
+with Hopper's of four warps, four times with Blackwell's (by the datasheets' peaks, clocks and multiprocessors)."""
 WARPS_TO_FILL = 3.0
 """Warps that a scheduler needs to start an instruction in every cycle."""
-PASS, SUM = 80, 50
+PASS, SUM = 95, 28
 """Instructions of each thread for a pass of the loop, whatever the tile, and for every further sum that it scales."""
 RESERVED = 1024
 """Bytes of shared memory that the system keeps of each program's."""
@@ -106,6 +109,12 @@ class Tunings:
         return self.chosen.get((product, variant.name))
 
 
+def uses_warps(variant: GpuVariant, warps: int) -> bool:
+    """Whether Triton multiplies with the instructions of one warp (`mma`, from Ampere on), not with those of four
+    together (Hopper's `wgmma`, Blackwell's `tcgen05`), which want four warps, or eight."""
+    return variant.capability < (9, 0) or warps % 4 != 0
+
+
 def choose(product: Product, variant: GpuVariant) -> Tiling:
     """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight."""
     return candidates(product, variant)[0]
@@ -126,9 +135,10 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     weight = tiling.block_n * tiling.block_k * product.bits / 8
     x = tiling.block_k * tiling.block_m * product.item / 8  # out of the L2 cache, which gives several times as much
     in_flight = at_once * (tiling.stages - 1) * tiling.block_n * tiling.block_k * product.bits / 8
-    bandwidth = variant.bandwidth * min(1.0, in_flight / (variant.bandwidth * LATENCY))
+    bandwidth = variant.bandwidth * min(1.0, in_flight / (SLACK * variant.bandwidth * LATENCY))
     memory = waves * per * (weight + x) * at_once / bandwidth
-    rate = MATRIX_RATE * (4 if variant.capability >= (9, 0) else 1) * variant.clock * variant.multiprocessors
+    faster = 1 if uses_warps(variant, tiling.warps) else 2 if variant.capability < (10, 0) else 4
+    rate = MATRIX_RATE * faster * variant.clock * variant.multiprocessors
     if product.item == 4:
         rate /= 16  # f32 is multiplied by ordinary units
     wide = max(tiling.block_m, 16)
@@ -141,24 +151,43 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     sums = COLUMNS // product.span if product.span and product.sums else 1
     instructions = weights * product.instructions + (PASS + SUM * (sums - 1)) * 32 * tiling.warps
     issue = waves * per * at_once * instructions / (variant.issue_rate * busy)
+    # From one tile to the next a program has nothing under way; the others of its multiprocessor go on.
+    ramps = (per - 1) / tiling.chunks(product.k) * LATENCY * variant.multiprocessors / at_once
     split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
-    return max(memory, matrix, issue) + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
+    return (
+        max(memory, matrix, issue)
+        + ramps
+        + LAUNCH
+        + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
+    )
 
 
 def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     few = product.m <= 64
     widest = max(8, 1 << (product.m - 1).bit_length()) if product.m > 1 else 8
     # Narrower tiles than there are tokens read weights several times: for chips with little shared memory.
-    sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [64, 128, 256]
+    sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [32, 64, 128, 256]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
-            for block_k in (COLUMNS,) if product.copies else (COLUMNS // 2, COLUMNS):
-                for stages in (5, 4, 3, 2):
-                    warps = 8 if block_n * block_m >= 128 * 64 else 4
-                    made = Tiling(block_n, block_m, block_k, 1, stages, warps)
-                    if made.shared_bytes(product) > variant.shared_bytes or block_n * block_m > 128 * 256:
-                        continue
-                    yield from _dealt(product, made, variant, few)
+            for block_k in (COLUMNS,) if product.span else (COLUMNS // 2, COLUMNS):
+                for warps in _warps(product, block_n * block_m, block_m, variant):
+                    for stages in (5, 4, 3, 2):
+                        made = Tiling(block_n, block_m, block_k, 1, stages, warps)
+                        if made.shared_bytes(product) > variant.shared_bytes or block_n * block_m > 128 * 256:
+                            continue
+                        yield from _dealt(product, made, variant, few)
+
+
+def _warps(product: Product, size: int, block_m: int, variant: GpuVariant) -> tuple[int, ...]:
+    """Of a program. Two are too few for the instructions of four warps together, which Blackwell's sums of few rows do
+    without: to fetch sums out of a memory of their own takes longer than to multiply."""
+    if size > 128 * 64:
+        return (8,)
+    if product.item == 4 or variant.capability < (9, 0):
+        return (4,)  # of more, some would decode the same weights for other tokens
+    if block_m > 16:
+        return (4, 8) if size == 128 * 64 else (4,)
+    return (2,) if variant.capability >= (10, 0) else (4, 2)
 
 
 def _dealt(product: Product, tiling: Tiling, variant: GpuVariant, few: bool) -> Iterator[Tiling]:
@@ -168,7 +197,7 @@ def _dealt(product: Product, tiling: Tiling, variant: GpuVariant, few: bool) -> 
         yield _with(tiling, tiles)
         return
     units = tiles * tiling.chunks(product.k)
-    for resident in range(1, min(4, _resident(product, tiling, variant)) + 1):
+    for resident in range(1, min(8, _resident(product, tiling, variant)) + 1):
         per = blocks_of(units, min(units, resident * variant.multiprocessors))
         yield _with(tiling, blocks_of(units, per))
 

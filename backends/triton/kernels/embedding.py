@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
-from llmc.backends.triton.packing import COLUMNS, ROWS, blocks_of
+from llmc.backends.triton.packing import COLUMNS, blocks_of
 from llmc.backends.triton.source import POINTERS, KernelSource
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
@@ -24,7 +24,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
     p = dict(spec.parameters)
     format = FORMATS.get(p["format"])
     kind = format.kind if format else "blocks" if p["blocks"] else "rows"
-    table = {"integer": "*i32", "e4m3": "*u8"}.get(kind, POINTERS[DType(p["dtype"])])
+    table = "*i32" if format else POINTERS[DType(p["dtype"])]
     scales = (("scale_ptr", "*fp16"),) if format else ()
     return KernelSource(
         spec.symbol,
@@ -33,7 +33,6 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         (
             ("WIDTH", p["width"]),
             ("COLUMN_BLOCKS", blocks_of(p["width"], COLUMNS)),
-            ("PADDED", blocks_of(p["rows"], ROWS) * ROWS),
             ("BITS", format.bits if format else 0),
             ("ZERO", format.zero if format else 0),
             ("GROUP", format.group if format else 1),

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from llmc.backends.base import KernelSpec
 from llmc.backends.render import render
-from llmc.backends.triton.packing import COLUMNS, ROWS, blocks_of
+from llmc.backends.triton.packing import COLUMNS, ROWS, WORD_BYTES, blocks_of
 from llmc.backends.triton.source import COMPUTE, POINTERS, PRECISION, KernelSource
-from llmc.backends.triton.tiling import Tiling
+from llmc.backends.triton.tiling import Tiling, uses_warps
 from llmc.ir.errors import LlmcError
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
+
+EARLY = 48 << 10
+"""Bytes that a program asks for before the kernel before it has ended: with two programs on each of an H200's 132
+multiprocessors 13 MB, which take 2.6 microseconds to come, and a quarter of its L2 cache."""
 
 _DEFAULTS: dict[str, Any] = {
     "norm_eps": None,
@@ -86,7 +92,12 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             f"{target.name} has no 8-bit floats, which {p['format'] if kind == 'e4m3' else 'fp8 keys and values'} need:"
             " they come with sm_89; leave the architecture out, or take q8 weights and int8 keys and values"
         )
+    assert format is None or (p["block_k"] % COLUMNS == 0 and format.group <= COLUMNS), p
+    bits = format.bits if format else 8 * DType(p["weight_dtype"]).itemsize
     group = format.group if format else p["block_k"]
+    columns = WORD_BYTES * 8 // bits if format else p["block_k"]  # of the words that are loaded at once
+    span = min(group, columns)
+    early = _prefetched(p, bits) if target and target.has_dependent_launch and p["stream"] else 0
     text = render(
         "triton/linear.py.jinja",
         name=spec.symbol,
@@ -103,10 +114,10 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         tail=p["k"] % p["block_k"] != 0,
         ragged=blocks_of(p["n"], ROWS) * ROWS % p["block_n"] != 0,
         stream=p["stream"],
-        block_bytes=ROWS * COLUMNS * (format.bits if format else 8 * DType(p["weight_dtype"]).itemsize) // 8,
         state=p["state_dtype"],
-        assembly=target is not None and not p["scale_weights"],
-        **_codes(kind, compute),
+        prefetch=early > 0,
+        chunk_bytes=ROWS * p["block_k"] * bits // 8,
+        **_decoding(kind, bits, compute, target is not None, format is not None and _in_quads(p, target)),
     )
     return KernelSource(
         spec.symbol,
@@ -124,6 +135,9 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             ("STAGES", p["stages"]),
             ("ROWS_DIM", p["rows_dim"]),
             ("GROUP", group),
+            ("GROUPS", COLUMNS // group),
+            ("SPAN", span),
+            ("PIECES", columns // span),
             ("EPS", p["norm_eps"] or 0.0),
             ("HEADS", p["num_heads"]),
             ("KV_HEADS", p["num_kv_heads"]),
@@ -131,7 +145,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             ("ROTARY_DIM", p["rotary_dim"]),
             ("INTERLEAVED", p["layout"] == "interleaved"),
             ("BLOCK_SIZE", p["block_size"]),
-            ("PREFETCH", _prefetched(p) if target and target.has_dependent_launch and p["stream"] else 0),
+            ("PREFETCH", early),
             ("PDL", target is not None and target.has_dependent_launch),
         ),
         num_warps=p["warps"],
@@ -140,22 +154,51 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
     )
 
 
-def _codes(kind: str, compute: DType) -> dict[str, Any]:
-    """How codes become numbers in the dtype that products take: by what they come out too large (`offset`), and in two
-    halves or one. bf16 has 7 bits of mantissa, so that 128 + a code of 4 bits is exact; f16 has 10."""
+def _decoding(kind: str, bits: int, compute: DType, assembly: bool, quads: bool) -> dict[str, Any]:
+    """How codes in words become numbers in the dtype that products take, f16 where that is f32: constants of the
+    templates in `dequant`, each number as it is and twice in a word.
+
+    bf16 has 7 bits of mantissa and f16 has 10, so that 128, or 1024, + a code is made by putting the code there.
+    """
     wide = compute is DType.BF16
-    one, magic, half = (128, "0x43004300", "tl.bfloat16") if wide else (1024, "0x64006400", "tl.float16")
-    values = {"halves": False, "offset": 0, "half": half, "magic": magic, "magic_value": one, "mask": "0x000F000F"}
-    if kind == "int4":
-        return {**values, "offset": one + 8}
-    if kind == "int8" and wide:
-        # (128 + low) + 16 · (128 + high) is code + 17 · 128, and a code is 128 too large.
-        return {**values, "halves": True, "offset": 18 * 128}
-    return {**values, "offset": one + 128, "mask": "0x00FF00FF"} if kind == "int8" else values
+    half = "tl.bfloat16" if wide else "tl.float16"
+    order = ("0, 2, 4, 3, 1, 5", "0, 2, 4, 1, 3, 5") if bits == 4 else ("0, 2, 3, 1, 4", "0, 2, 1, 3, 4")
+    magic = 128 if wide else 1024
+    offset = 0 if kind == "float" or (kind == "int8" and wide) else magic + (1 << (bits - 1))
+    factor = 2.0**120 if wide else 2.0**8
+    return {
+        "bits": bits,
+        "wide": wide,
+        "half": half,
+        "pair": "bf16x2" if wide else "f16x2",
+        "assembly": assembly,
+        "quads": quads,
+        "fragment": order[quads],
+        "one": _twice(1.0, wide),
+        "magic": _twice(magic, wide),
+        "magic_value": magic,
+        "offset": offset,
+        "offset_bits": _twice(-offset, wide),
+        "factor": factor,
+        "factor_bits": _twice(factor, wide),
+    }
+
+
+def _twice(number: float, wide: bool) -> str:
+    """A number's bits as bf16 (`wide`) or f16, in both halves of a word."""
+    bits = np.array(number, DType.BF16.numpy if wide else np.float16)
+    assert float(bits) == number, number
+    return f"0x{int(bits.view(np.uint16)) * 0x10001:08X}"
+
+
+def _in_quads(p: dict[str, Any], target: GpuVariant | None) -> bool:
+    """Whether Triton has a thread multiply 4 neighbouring columns at a time, not 2 and 2: it does so for decoded
+    weights in the matrix instructions of a warp, but not in those of four warps, which Hopper has."""
+    return p["compute"] != DType.F32.value and target is not None and uses_warps(target, p["warps"])
 
 
 def _arguments(p: dict[str, Any], kind: str) -> list[tuple[str, str]]:
-    weight = {"float": POINTERS[DType(p["weight_dtype"])], "e4m3": "*u8"}.get(kind, "*i32")
+    weight = POINTERS[DType(p["weight_dtype"])] if kind == "float" else "*i32"
     state = POINTERS[DType(p["state_dtype"])]
     named = [("x_ptr", POINTERS[DType(p["x_dtype"])])]
     named += [("norm_ptr", "*fp32")] if p["norm_eps"] is not None else []
@@ -170,8 +213,8 @@ def _arguments(p: dict[str, Any], kind: str) -> list[tuple[str, str]]:
     return [*named, ("workspace_ptr", "*fp32"), ("tickets_ptr", "*i32"), ("dims_ptr", "*i32")]
 
 
-def _prefetched(p: dict[str, Any]) -> int:
-    """Blocks that a program asks for before it waits: its first pieces, as many as it has loads in flight."""
+def _prefetched(p: dict[str, Any], bits: int) -> int:
+    """Chunks that a program asks for before it waits: about as much as the memory brings during a launch."""
+    chunk: int = p["block_n"] * p["block_k"] * bits // 8
     units = blocks_of(p["n"], p["block_n"]) * blocks_of(p["k"], p["block_k"])
-    pieces: int = min(blocks_of(units, p["programs"]), p["stages"]) * p["block_k"] // COLUMNS
-    return max(1, pieces)
+    return min(blocks_of(units, p["programs"]), max(1, EARLY // chunk))

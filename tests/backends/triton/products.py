@@ -15,6 +15,7 @@ from llmc.backends.triton.packing import row_order, to_blocks, to_words
 from llmc.backends.triton.packing_ops import PackScales
 from llmc.backends.triton.tiling import Tiling
 from llmc.ir.quant import FORMATS
+from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
 from tests.backends.triton.interpreter import TARGET, run
 
@@ -38,7 +39,10 @@ class Case:
     activation: str = "none"
     epilogue: str = "store"
     out_dtype: DType = DType.F32
+    scale_weights: bool = False
     seed: int = 0
+    variant: GpuVariant | None = None
+    """Whose code is interpreted; None has none of its own."""
     extra_rows: int = 2
     """Rows of operands and results beyond those that count."""
 
@@ -99,8 +103,7 @@ class Case:
         else:
             format = FORMATS[self.format]
             blocks = to_blocks(self.codes[order])
-            words = to_words(blocks, format.bits) if format.kind == "integer" else blocks
-            tensors["weight_ptr"] = torch.from_numpy(words)
+            tensors["weight_ptr"] = torch.from_numpy(to_words(blocks, format.bits))
             tensors["scale_ptr"] = torch.from_numpy(PackScales(format.group).reference(self.scales[order])[0])
         if self.bias:
             tensors["bias_ptr"] = torch.from_numpy(self.shift[order])
@@ -125,8 +128,9 @@ class Case:
             activation=self.activation,
             epilogue=self.epilogue,
             out_dtype=self.out_dtype.value,
+            scale_weights=self.scale_weights,
         )
-        run(source(spec, TARGET), (self.tiling.programs, 1, 1), tensors)
+        run(source(spec, TARGET or self.variant), (self.tiling.programs, 1, 1), tensors)
         assert not tickets.any(), "tickets are left as they were found"
         assert out[self.m :].isnan().all(), "rows that do not count are not written"
         return out[: self.m].double().numpy()

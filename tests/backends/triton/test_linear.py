@@ -8,7 +8,9 @@ import torch
 
 from llmc.backends.triton.tiling import Tiling
 from llmc.ir.quant import FORMATS
+from llmc.ir.target import GPU_VARIANTS
 from llmc.ir.types import DType
+from tests.backends.triton import assembly
 from tests.backends.triton.products import Case
 
 F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
@@ -30,6 +32,21 @@ def check(case: Case) -> None:
 )
 def test_every_format_in_every_dtype(format: str, compute: DType) -> None:
     check(Case(100, 300, 3, tiling(), compute, format))
+
+
+@pytest.mark.parametrize(("format", "compute"), [(f, c) for f in FORMATS for c in (F16, BF16)], ids=str)
+@pytest.mark.parametrize("scale_weights", [False, True], ids=["sums", "weights"])
+def test_decoded_in_assembly_for_the_matrix_instructions_of_one_warp(
+    format: str, compute: DType, scale_weights: bool
+) -> None:
+    """What is compiled for an architecture, but for the instructions' own layouts."""
+    assembly.mend()
+    variant = GPU_VARIANTS["sm_89"]
+    case = Case(100, 300, 3, tiling(), compute, format, scale_weights=scale_weights, variant=variant)
+    check(case)
+    if not scale_weights or compute is F16:  # the same weights and sums, in another order of columns
+        portable = Case(100, 300, 3, tiling(), compute, format, scale_weights=scale_weights)
+        assert np.abs(case.run() - portable.run()).max() <= 2e-6
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
@@ -65,11 +82,19 @@ def test_however_tiles_are_split_the_result_is_right(programs: int) -> None:
     check(Case(128, 384, 4, tiling(programs=programs), F32, norm=True))
 
 
-@pytest.mark.parametrize("format", ["none", "q4", "q8g128"])
-def test_large_tiles_of_many_tokens(format: str) -> None:
+@pytest.mark.parametrize("format", ["none", "q4", "q8g128", "fp8"])
+@pytest.mark.parametrize("scale_weights", [False, True], ids=["sums", "weights"])
+def test_large_tiles_of_many_tokens(format: str, scale_weights: bool) -> None:
     columns = 64 if format == "none" else 128
     made = Tiling(128, 64, columns, 6, 2, 4)  # 2 tiles of rows by 3 of tokens, one to a program
-    check(Case(200, 200, 150, made, BF16, format))
+    check(Case(200, 200, 150, made, BF16, format, scale_weights=scale_weights and format != "none"))
+
+
+@pytest.mark.parametrize("format", ["q4", "q4g64", "q8"])
+@pytest.mark.parametrize("scale_weights", [False, True], ids=["sums", "weights"])
+def test_codes_after_a_norm_in_split_tiles(format: str, scale_weights: bool) -> None:
+    made = Case(130, 520, 5, tiling(n=128, programs=4), BF16, format, norm=True, scale_weights=scale_weights)
+    check(made)
 
 
 def test_results_are_the_same_bits_each_time_and_with_more_tokens_beside() -> None:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from llmc.backends.triton.blocks import block_weight, natural_weight
 from llmc.backends.triton.ops import BlockAppend, BlockGatedLinear, BlockLinear
-from llmc.backends.triton.packing import from_blocks, from_words, row_order, to_blocks, to_words
+from llmc.backends.triton.packing import (
+    from_blocks,
+    from_pairs,
+    from_words,
+    row_order,
+    to_blocks,
+    to_pairs,
+    to_words,
+)
 from llmc.ir.op import Emitter, run
 from llmc.ir.quant import FORMATS
 from llmc.ir.types import DType
@@ -36,16 +44,37 @@ def test_blocks_come_back_and_are_filled_up_with_zeros(n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_shift_and_a_mask_give_neighbours_in_the_halves_of_a_word(bits: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 128)).astype(np.uint8)
+def test_a_thread_finds_its_codes_of_a_fragment_in_16_bytes(bits: int) -> None:
+    """Of 16 columns, the thread t of a row's four multiplies 2t, 2t + 1, 2t + 8 and 2t + 9 (`mma.m16n8k16`)."""
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (2, 3, 64, 128)).astype(np.uint8)
     words = to_words(codes, bits)
-    assert words.dtype == np.int32 and words.shape == (3, 4 * bits)
+    assert words.dtype == np.int32 and words.shape == (2, 3 * bits // 4, 64, 16)
     assert np.array_equal(from_words(words, bits), codes)
-    per, mask = 32 // bits, ((1 << bits) - 1) * 0x00010001
-    for pair in range(16 // bits):
-        found = words.view(np.uint32) >> (bits * pair) & mask
-        assert np.array_equal(found & 0xFFFF, codes[:, 2 * pair :: per])
-        assert np.array_equal(found >> 16, codes[:, 2 * pair + 1 :: per])
+    pairs, mask = 16 // bits, ((1 << bits) - 1) * 0x00010001
+    for thread in range(4):
+        own = words.view(np.uint32).reshape(2, 3, bits // 4, 64, 4, 4)[..., thread, :]  # 4 words of each 64 bytes
+        for fragment in range(8):
+            word, first = divmod(2 * fragment, pairs)
+            piece, slab = divmod(word, 4)
+            for j in range(2):
+                found = own[:, :, piece, :, slab] >> np.uint32(bits * (first + j)) & np.uint32(mask)
+                column = 16 * fragment + 8 * j + 2 * thread
+                assert np.array_equal(found & 0xFFFF, codes[..., column])
+                assert np.array_equal(found >> 16, codes[..., column + 1])
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_scales_of_rows_that_a_thread_shares_are_neighbours(group: int) -> None:
+    scales = np.arange(1, 71 * 5 + 1).reshape(71, 5).astype(np.float16)
+    pairs = to_pairs(scales, group)
+    per = 128 // group
+    assert pairs.shape == (2, -(-5 // per), 32, per, 2) and np.count_nonzero(pairs) == scales.size
+    assert np.array_equal(from_pairs(pairs, 71, 5), scales)
+    for row, column in ((0, 0), (9, 3), (23, 4), (70, 2)):
+        within = row % 64
+        place = within // 16 * 8 + within % 8
+        found = pairs[row // 64, column // per, place, column % per, within % 16 // 8]
+        assert found == scales[row, column]
 
 
 def test_rows_of_a_gate_and_of_what_it_gates_take_turns() -> None:

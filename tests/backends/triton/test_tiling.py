@@ -19,7 +19,7 @@ PRODUCTS = st.builds(
     span=st.sampled_from([0, 32, 128]),
     item=st.sampled_from([2, 4]),
     norm=st.booleans(),
-)
+).filter(lambda product: not product.span or product.code_bits <= 8)  # what has scales has codes
 VARIANTS = st.sampled_from(list(GPU_VARIANTS.values()))
 
 
@@ -47,15 +47,13 @@ def test_the_choice_is_the_fastest_of_the_model_and_always_the_same(product: Pro
 
 
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)])
-@pytest.mark.parametrize(
-    ("bits", "code", "instructions", "copies"), [(16.0, 16, 0.8, 0), (8.125, 8, 3.7, 2), (4.125, 4, 2.3, 1)]
-)
+@pytest.mark.parametrize(("bits", "code", "instructions"), [(16.0, 16, 0.5), (8.125, 8, 1.95), (4.125, 4, 1.55)])
 def test_matrices_of_an_8b_model_are_near_the_bound(
-    n: int, k: int, bits: float, code: int, instructions: float, copies: int
+    n: int, k: int, bits: float, code: int, instructions: float
 ) -> None:
     """By the model: what is asked of batch 1 is 90, 85 and 80 % of the memory's speed, launches counted elsewhere."""
     variant = GPU_VARIANTS["sm_90"]
-    product = Product(n, k, 1, bits, code, 128 if copies else 0, 2, True, instructions, copies)
+    product = Product(n, k, 1, bits, code, 128 if code < 16 else 0, 2, True, instructions, sums=code < 16)
     tiling = choose(product, variant)
     bound = n * k * bits / 8 / variant.bandwidth
     assert balance(product, tiling) >= 0.96
