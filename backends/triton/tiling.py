@@ -16,7 +16,7 @@ LAUNCH = 1.5e-6
 """Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
 MATRIX_RATE = 1024.0
 """Products of 16-bit numbers that a multiprocessor adds up in a cycle with the instructions of one warp; twice as many
-with Hopper's of four warps, four times with Blackwell's (of the datasheets' peaks, their clocks and multiprocessors)."""
+with Hopper's of four warps, four times with Blackwell's (the datasheets' peaks by clocks and multiprocessors)."""
 WARPS_TO_FILL = 3.0
 """Warps that a scheduler needs to start an instruction in every cycle."""
 PASS, SUM = 95, 28
@@ -153,8 +153,9 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     issue = waves * per * at_once * instructions / (variant.issue_rate * busy)
     # From one tile to the next a program has nothing under way; the others of its multiprocessor go on.
     ramps = (per - 1) / tiling.chunks(product.k) * LATENCY * variant.multiprocessors / at_once
-    split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
-    return max(memory, matrix, issue) + ramps + LAUNCH + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
+    parts = tiling.parts(product.n, product.k, product.m)
+    written = tiling.workspace_bytes(product.n, product.k, product.m) if parts > 1 else 0
+    return max(memory, matrix, issue) + ramps + written * 2 / (3 * variant.bandwidth) + LAUNCH
 
 
 def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
