@@ -70,7 +70,7 @@ class Buffers:
         elif op.leaf or root.node in entry.graph.parameter_only:
             name = parameter_name(root)
             offset, size = self.placed[name]
-            row = {"kind": "param", "name": name, "offset": offset, "bytes": size}
+            row = {"kind": "param", "name": name, "dtype": root.type.dtype.value, "offset": offset, "bytes": size}
         else:
             kind, memory = ("private", entry.private) if root in entry.private.offsets else ("arena", entry.memory)
             row = {"kind": kind, "offset": memory.offsets[root], "bytes": largest_bytes(root.type)}

@@ -108,6 +108,17 @@ class PackageWriter:
         self._record(name, digest.hexdigest(), end)
         return placed
 
+    def place_tensors(self, name: str, sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Where `write_tensors` would put tensors of these sizes in bytes; no file is written."""
+        placed: dict[str, tuple[int, int]] = {}
+        end = 0
+        for tensor, size in sizes.items():
+            start = end + -end % ALIGNMENT
+            placed[tensor] = (start, size)
+            end = start + size
+        self.files[name] = {"bytes": end}
+        return placed
+
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, then put the folder in place (of the old package, with `force`)."""
         assert self.folder is not None

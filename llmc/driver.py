@@ -28,6 +28,7 @@ from llmc.options import LIMITS, CompileOptions
 from llmc.passes.base import Observer, PassContext
 from llmc.passes.observe import Dumper, NumericsCheck, Verifier, together
 from llmc.passes.pipelines import step_pipeline
+from llmc.passes.plan_memory import largest_bytes
 from llmc.passes.quantize import Quantize
 from llmc.quantization import activations_of, described, read_quantization
 from llmc.tuning import Tuned, tune
@@ -59,7 +60,7 @@ def compile_model(
                 random_weights=options.random_weights,
             )
         load = imported.weights.load
-        package.require_space(imported.weights.bytes)
+        package.require_space(imported.weights.bytes if options.weights else 0)
         compute = compute_dtype(imported.graph, quant, target)
         kv = kv_dtype(options.kv_quant, imported.graph, target, compute)
         backend_of = partial(backend_for, target, imported.info.max_sequence_length, compute, options.block_size)
@@ -84,10 +85,13 @@ def compile_model(
             report.kernel_seconds = dict(kernels.seconds)
         with report.phase("packing"):
             tensors = parameters(entries)
-            kept: dict[Value, Array] = {}
-            placed = package.write_tensors(
-                "weights.bin", [(label, partial(evaluate_parameters, v, load, kept)) for label, v in tensors.items()]
-            )
+            if options.weights:
+                kept: dict[Value, Array] = {}
+                lazy = [(label, partial(evaluate_parameters, v, load, kept)) for label, v in tensors.items()]
+                placed = package.write_tensors("weights.bin", lazy)
+            else:
+                sizes = {label: largest_bytes(v.type) for label, v in tensors.items()}
+                placed = package.place_tensors("weights.bin", sizes)
         with report.phase("checks"):
             checks = make_checks(imported.graph, load, imported.info, kv, quant, target, options)
         plans = backend.describe(entries, placed, step, options.block_size)

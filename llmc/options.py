@@ -47,6 +47,9 @@ class CompileOptions:
     """How many prompts' logits are stored in the package for `verify`."""
     checks_max_parameters: int = 400_000_000
     """Above this many parameters the float64 interpreter is too slow to make the checks at compile."""
+    weights: bool = True
+    """False: weights are neither packed nor written, the manifest has their size and no hash. Such a package does not
+    load; benchmarks fill the memory of its weights themselves."""
 
 
 KV_DTYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32, "int8": DType.I8, "fp8": DType.F8E4M3}

@@ -116,14 +116,15 @@ def uses_warps(variant: GpuVariant, warps: int) -> bool:
 
 
 def choose(product: Product, variant: GpuVariant) -> Tiling:
-    """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight."""
+    """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight, few
+    warps."""
     return candidates(product, variant)[0]
 
 
 def candidates(product: Product, variant: GpuVariant, most: int = 8) -> list[Tiling]:
     """The best tilings by the model, the best first: what `--tune` measures."""
     found = {t: seconds(product, t, variant) for t in _possible(product, variant)}
-    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, -t.stages))[:most]
+    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, -t.stages, t.warps))[:most]
 
 
 def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:

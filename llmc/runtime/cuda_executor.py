@@ -37,7 +37,8 @@ Int32 = NDArray[np.int32]
 class CudaExecutor:
     """Executes the entries of a plan on a device that has loaded `kernels`; see `batch.Executor`.
 
-    `weights` is a file of `weights_bytes` bytes. `sequence_blocks` is how many blocks the longest sequence needs.
+    `weights` is a file of `weights_bytes` bytes; None: their memory is left as it is, for the caller to fill.
+    `sequence_blocks` is how many blocks the longest sequence needs.
     `memory` says what of the device's memory is used for what. Raises `ModelError`; the caller then closes the device,
     else `close` does.
     """
@@ -47,7 +48,7 @@ class CudaExecutor:
         plan: CudaPlan,
         kernels: Mapping[str, Kernel],
         device: Device,
-        weights: Path,
+        weights: Path | None,
         weights_bytes: int,
         vocab_size: int,
         sequence_blocks: int,
@@ -76,7 +77,8 @@ class CudaExecutor:
             device.zero(self._regions["tickets"], 4 * plan.tickets, stream)
         # What a block holds that was never written is multiplied by a probability of 0, so it must be finite.
         device.zero(self._states_region, self._states_bytes, stream)
-        load_weights(device, weights, weights_bytes, self._regions["weights"])
+        if weights is not None:
+            load_weights(device, weights, weights_bytes, self._regions["weights"])
         self._buckets: dict[tuple[str, int], _PreparedBucket] = {}
         self._events: list[int] = []
         self._steps = 0

@@ -81,12 +81,15 @@ def _shape(
     if dtype == "f32":  # without tensor cores, operands in registers
         return min(16, needed), 16, 8
     if _from_shared(variant):
+        # B200's products leave their results outside of registers, and moving them takes some.
+        crowded = codes and variant.capability >= (10, 0)
+        if head_dim <= 128 and crowded:
+            return (64, 64, 8) if needed >= 64 else (needed, 64, 4)
         if head_dim <= 128:
             return (ROWS, 64, 8) if needed >= ROWS else (needed, 64, 4)
         if head_dim <= 192 and not codes and state_dtype != FP8 and needed >= ROWS and block_size <= 32:
             return ROWS, 32, 8
-        # B200's products leave their results outside of registers, and moving them takes some.
-        most = 32 if block_size > 32 or (codes and variant.capability >= (10, 0)) else 64
+        most = 32 if block_size > 32 or crowded else 64
         return min(most, needed), 32, 8
     if head_dim <= 128:
         fits = needed >= ROWS and block_size <= (16 if codes else 32)

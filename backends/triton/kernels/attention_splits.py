@@ -6,8 +6,12 @@ from llmc.backends.base import KernelSpec
 from llmc.backends.triton.kernels.attention_parts import head_parts
 from llmc.ir.target import GpuVariant
 
-PROGRAMS = 4
-"""Programs of decode attention that a multiprocessor holds at once: 128 threads and some 50 KiB of tiles each."""
+TILES_BYTES = 42 << 10
+"""Shared memory that a program of decode attention takes, heads up to 128 wide: tiles of 128 tokens of 8 bits, or 64 of
+16, of which one or two are on their way; twice as wide heads take 1.8 times as much."""
+
+MOST_PROGRAMS = 3
+"""Programs that a multiprocessor's 65,536 registers hold, of 128 threads and up to 168 registers each."""
 
 LEAST_TOKENS = 256
 """Tokens of a split at least: below that, starting it and adding its sums to the others' is most of its work."""
@@ -16,10 +20,15 @@ MOST_SPLITS = 64
 """The last to arrive adds up this many parts, one after another."""
 
 
+def programs(variant: GpuVariant) -> int:
+    """Programs of decode attention that a multiprocessor runs at once."""
+    return min(MOST_PROGRAMS, variant.shared_bytes // TILES_BYTES)
+
+
 def splits(sequences: int, num_kv_heads: int, longest: int, variant: GpuVariant) -> int:
     """Splits of every context in a step of so many sequences, of at most `longest` tokens each: as many as fill the
     chip once, as splits of `LEAST_TOKENS` tokens allow."""
-    room = PROGRAMS * variant.multiprocessors // (sequences * num_kv_heads)
+    room = programs(variant) * variant.multiprocessors // (sequences * num_kv_heads)
     return max(1, min(room, longest // LEAST_TOKENS, MOST_SPLITS))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,12 @@ from triton import knobs
 from triton.runtime import interpreter
 
 from llmc.backends.triton.source import KernelSource
+from tests.backends.triton import on_gpu
 
 assert knobs.runtime.interpret, "triton was imported before TRITON_INTERPRET was set"
+
+TARGET = on_gpu.variant() if os.environ.get("LLMC_TEST_GPU") else None
+"""What kernels are made for: the interpreter, or where `make test-gpu` says so the GPU that is there."""
 
 _BUILDER = interpreter.InterpreterBuilder
 _HANDLE = interpreter.TensorHandle
@@ -123,8 +128,11 @@ def load(name: str, text: str) -> Any:
 
 
 def run(source: KernelSource, grid: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
-    """One launch over torch tensors on the CPU, named as the source's arguments are."""
+    """One launch over torch tensors on the CPU, named as the source's arguments are; with a TARGET on its GPU."""
     assert list(tensors) == [name for name, _ in source.arguments], (list(tensors), source.arguments)
+    if TARGET is not None:
+        on_gpu.run(source, grid, tensors)
+        return
     function = load(source.name, source.text)
     constants = dict(source.constants)
     function[tuple(grid)](**tensors, **constants)

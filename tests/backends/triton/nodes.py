@@ -16,7 +16,7 @@ from llmc.ir.op import Node, Value
 from llmc.ir.target import GPU_VARIANTS
 from llmc.ir.types import DType, TensorType
 from llmc.passes.plan_memory import storage
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 Array = npt.NDArray[Any]
 
@@ -38,7 +38,7 @@ def run_node(node: Node, step: Step, arrays: Mapping[Value, Array], sizes: Mappi
     """
     chosen = select(node, step)
     assert chosen is not None
-    source = source_of(chosen.spec, None)
+    source = source_of(chosen.spec, TARGET)
     tensors: dict[Value, torch.Tensor] = {v: as_tensor(a, v.type.dtype) for v, a in arrays.items()}
     for value in node.results:
         root = storage(value)

@@ -71,6 +71,8 @@ class Batch:
     spread: float = 1.0
     scale: float = 0.0
     states: list[Array] = field(init=False)
+    keys: list[Array] = field(init=False, default_factory=list)
+    values: list[Array] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -93,8 +95,6 @@ class Batch:
         if self.state_dtype == "i8":
             self.states = [np.full(x.shape, -77.0) for x in self.states]
             self.states += [np.full((blocks, heads, size), np.nan) for _ in range(2)]
-        self.keys: list[Array] = []
-        self.values: list[Array] = []
         for s, n in enumerate(self.lengths):
             pair = [self.spread * rng.standard_normal((n, heads, width)).astype(np.float32) for _ in range(2)]
             for what, x in enumerate(pair):

@@ -17,7 +17,7 @@ from llmc.backends.triton.tiling import Tiling
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 Array = npt.NDArray[Any]
 TORCH = {DType.F32: torch.float32, DType.F16: torch.float16, DType.BF16: torch.bfloat16}
@@ -130,7 +130,7 @@ class Case:
             out_dtype=self.out_dtype.value,
             scale_weights=self.scale_weights,
         )
-        run(source(spec, self.variant), (self.tiling.programs, 1, 1), tensors)
+        run(source(spec, self.variant or TARGET), (self.tiling.programs, 1, 1), tensors)
         assert not tickets.any(), "tickets are left as they were found"
         assert out[self.m :].isnan().all(), "rows that do not count are not written"
         return out[: self.m].double().numpy()

@@ -55,7 +55,7 @@ def test_compiled_without_spills_and_within_budget(name: str) -> None:
     prefill = {s: prefill_of(s, variant) for s in states}
     every = {"window": 1000, "soft_cap": 30.0, "sinks": True}
     others = [
-        decode_of("i8", variant, **every),
+        prefill_of("i8", variant, **every),
         decode_of("bf16", variant, head_dim=256),
         decode_of("f32", variant, dtype="f32"),
         prefill_of("bf16", variant, head_dim=256, **every),

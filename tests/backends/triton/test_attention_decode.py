@@ -14,11 +14,9 @@ from llmc.backends.triton.kernels.attention_decode import decode_spec
 from llmc.backends.triton.kernels.attention_splits import grid, tickets, workspace_bytes
 from llmc.ir.op import Array
 from llmc.ir.ops.attention import PagedAttention
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 from tests.backends.triton.paged_batch import Batch, exact, naive, poisoned, tensor
 from tests.tolerance import assert_as_good_as
-
-BUCKET = 4
 
 
 def decode(batch: Batch, sequences: list[int], splits: int, tile: int = 0, times: int = 1) -> Array:
@@ -48,7 +46,7 @@ def decode(batch: Batch, sequences: list[int], splits: int, tile: int = 0, times
     }
     before = {n: x.clone() for n, x in tensors.items() if n not in ("out_ptr", "workspace_ptr")}
     for _ in range(times):
-        run(source_of(spec, None), grid(spec, bucket), tensors)
+        run(source_of(spec, TARGET), grid(spec, bucket), tensors)
     for name, x in before.items():
         assert torch.equal(x.view(torch.uint8), tensors[name].view(torch.uint8)), f"{name} was changed"
     assert out[count:].isnan().all()

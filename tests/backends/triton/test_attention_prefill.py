@@ -13,7 +13,7 @@ from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.attention_prefill import grid, prefill_spec
 from llmc.ir.op import Array
 from llmc.ir.ops.attention import PagedAttention
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 from tests.backends.triton.paged_batch import Batch, exact, naive, poisoned, tensor
 from tests.tolerance import assert_as_good_as
 
@@ -47,7 +47,7 @@ def prefill(batch: Batch, chunks: list[Chunk], rows: int = 32, tile: int = 32, s
         "out_ptr": out,
         "dims_ptr": torch.tensor([count, len(chunks), batch.tables.shape[1], 1], dtype=torch.int32),
     }
-    run(source_of(spec, None), grid(spec, bucket, len(chunks) + spare), tensors)
+    run(source_of(spec, TARGET), grid(spec, bucket, len(chunks) + spare), tensors)
     assert out[count:].isnan().all()
     return np.asarray(out[:count].float().numpy())
 
@@ -122,6 +122,11 @@ def test_results_do_not_depend_on_the_rest_of_the_batch() -> None:
     together = prefill(batch, [(0, 10, 60), (1, 0, 1), (2, 0, 50)])
     assert np.array_equal(prefill(batch, [(2, 0, 50)]), together[61:])
     assert np.array_equal(prefill(batch, [(1, 0, 1), (0, 10, 60)]), together[[60, *range(60)]])
+
+
+def test_a_bucket_of_one_sequence() -> None:
+    batch = Batch(4, 1, 16, [40])
+    assert np.array_equal(prefill(batch, [(0, 3, 37)], spare=0), prefill(batch, [(0, 3, 37)]))
 
 
 def test_against_the_ir() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.elementwise import elementwise_grid, elementwise_spec
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 DIMS = torch.tensor([1, 1, 1, 2], dtype=torch.int32)
@@ -29,7 +29,7 @@ def compute(x: torch.Tensor, out_dtype: str, y: torch.Tensor | None = None, **pa
     )
     out = torch.full(x.shape, torch.nan, dtype=DTYPES[out_dtype])
     tensors = {"x_ptr": x, **({} if y is None else {"y_ptr": y}), "out_ptr": out, "dims_ptr": DIMS}
-    run(source_of(spec, None), elementwise_grid(spec, len(x)), tensors)
+    run(source_of(spec, TARGET), elementwise_grid(spec, len(x)), tensors)
     assert out[-1].isnan().all()
     return out[:-1]
 

@@ -8,7 +8,7 @@ import torch
 
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.norm import norm_grid, norm_spec
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 EPS = 1e-5
@@ -50,7 +50,7 @@ def test_norms(norm: str, residual: bool, hidden: int, x_dtype: str, out_dtype: 
         "out_ptr": out,
         "dims_ptr": torch.tensor([2, 1, 1, 1], dtype=torch.int32),
     }
-    run(source_of(spec, None), norm_grid(spec, 3), tensors)
+    run(source_of(spec, TARGET), norm_grid(spec, 3), tensors)
     assert out[2].isnan().all() and total[2].isnan().all()
     entered = x[:2].float() + other[:2] if residual else x[:2].float()
     if residual:
@@ -65,5 +65,5 @@ def test_a_row_of_zeros_is_finite() -> None:
     spec = norm_spec(norm="rms", hidden=32, eps=1e-6, residual=False, out_dtype="f32", rows_dim=3)
     out = torch.full((1, 32), torch.nan)
     tensors = {"x_ptr": torch.zeros(1, 32), "weight_ptr": torch.ones(32), "out_ptr": out}
-    run(source_of(spec, None), (1, 1, 1), {**tensors, "dims_ptr": torch.tensor([0, 0, 0, 1], dtype=torch.int32)})
+    run(source_of(spec, TARGET), (1, 1, 1), {**tensors, "dims_ptr": torch.tensor([0, 0, 0, 1], dtype=torch.int32)})
     assert torch.equal(out, torch.zeros(1, 32))

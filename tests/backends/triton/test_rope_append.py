@@ -12,7 +12,7 @@ from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.rope_append import append_spec, grid
 from llmc.ir.op import Array
 from llmc.ir.ops.cache import quantize_rows
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 from tests.backends.triton.paged_batch import NUMPY, poisoned, rounded, tensor
 from tests.tolerance import ROUNDING
 
@@ -58,7 +58,7 @@ def append(
     tensors |= dict(zip(names, states, strict=False))
     tensors |= {"q_ptr": q, "dims_ptr": torch.tensor([TOKENS, 1, 1, 1], dtype=torch.int32)}
     spec = append_spec(heads, kv_heads, head_dim, rotary_dim, layout, given, dtype, state, size)
-    run(source_of(spec, None), grid(spec, TOKENS + 1), tensors)
+    run(source_of(spec, TARGET), grid(spec, TOKENS + 1), tensors)
     assert q[TOKENS:].isnan().all()
     return q[:TOKENS].float().numpy(), [x.float().numpy() for x in states], cos, sin
 

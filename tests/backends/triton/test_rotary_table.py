@@ -9,7 +9,7 @@ import torch
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.rotary_table import dynamic_rotary_table_spec, rotary_table_grid, rotary_table_spec
 from llmc.ir.ops.rope import DynamicFrequencies
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 POSITIONS = np.array([0, 1, 17, 4095, 8192, 131071, 524287, 1 << 20, 2**31 - 1], np.int32)
 """The last is padding."""
@@ -37,7 +37,7 @@ def test_cosines_and_sines_of_far_positions(rotary_dim: int, scaling: float) -> 
         "sin_ptr": sin,
         "dims_ptr": DIMS,
     }
-    run(source_of(spec, None), rotary_table_grid(spec, len(POSITIONS)), tensors)
+    run(source_of(spec, TARGET), rotary_table_grid(spec, len(POSITIONS)), tensors)
     angles = (POSITIONS[:-1, None].astype(np.float32) * frequencies).astype(np.float64)
     for found, expected in ((cos, np.cos(angles)), (sin, np.sin(angles))):
         assert found[-1].isnan().all()
@@ -56,7 +56,7 @@ def test_dynamic_frequencies(rotary_dim: int) -> None:
         rotary_dim=rotary_dim, base=10_000.0, factor=2.5, max_positions=4096, scaling=1.0, rows_dim=0
     )
     tensors = {"positions_ptr": torch.from_numpy(POSITIONS), "cos_ptr": cos, "sin_ptr": sin, "dims_ptr": DIMS}
-    run(source_of(spec, None), rotary_table_grid(spec, len(POSITIONS)), tensors)
+    run(source_of(spec, TARGET), rotary_table_grid(spec, len(POSITIONS)), tensors)
     positions = POSITIONS[:-1, None].astype(np.float32)
     # A frequency is rounded to float32, and rarely, where float64 is undecided, to the other neighbour.
     angles = (positions * frequencies.astype(np.float32)).astype(np.float64)

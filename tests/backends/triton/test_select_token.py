@@ -11,7 +11,7 @@ import torch
 from llmc.backends.triton.kernels import source_of
 from llmc.backends.triton.kernels.select_token import select_token_grid, select_token_spec, select_token_workspace
 from llmc.runtime.sampler import distribution, draw, uniform
-from tests.backends.triton.interpreter import run
+from tests.backends.triton.interpreter import TARGET, run
 
 NEAR = 1e-5
 """How near to a bound float32 may decide otherwise than float64."""
@@ -75,7 +75,7 @@ def choose(logits: np.ndarray, rows: list[Sampling], block: int = 64) -> tuple[n
         "tickets_ptr": torch.zeros(tickets, dtype=torch.int32),
         "dims_ptr": torch.tensor([0, 0, 0, count], dtype=torch.int32),
     }
-    run(source_of(spec, None), select_token_grid(spec, count + 1), tensors)
+    run(source_of(spec, TARGET), select_token_grid(spec, count + 1), tensors)
     assert greedy[count] == chosen[count] == -7
     assert not tensors["tickets_ptr"].any()
     return greedy[:count].numpy(), chosen[:count].numpy()

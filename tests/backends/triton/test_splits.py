@@ -8,8 +8,8 @@ from llmc.backends.triton.kernels.attention_decode import decode_spec
 from llmc.backends.triton.kernels.attention_splits import (
     LEAST_TOKENS,
     MOST_SPLITS,
-    PROGRAMS,
     grid,
+    programs,
     splits,
     tickets,
     workspace_bytes,
@@ -25,12 +25,22 @@ def test_splits(name: str, sequences: int, kv_heads: int, longest: int) -> None:
     variant = GPU_VARIANTS[name]
     count = splits(sequences, kv_heads, longest, variant)
     assert 1 <= count <= MOST_SPLITS
-    room = PROGRAMS * variant.multiprocessors
+    room = programs(variant) * variant.multiprocessors
     if count > 1:
         assert count * sequences * kv_heads <= room and longest >= count * LEAST_TOKENS
     # One more would be too many for the chip, too short, or too many to add up.
     more = count + 1
     assert more * sequences * kv_heads > room or more * LEAST_TOKENS > longest or more > MOST_SPLITS
+
+
+def test_programs_fit_into_shared_memory() -> None:
+    assert {v.name: programs(v) for v in GPU_VARIANTS.values()} == {
+        "sm_80": 3,
+        "sm_86": 2,
+        "sm_89": 2,
+        "sm_90": 3,
+        "sm_100": 3,
+    }
 
 
 def test_grid_and_memory_of_a_spec() -> None:
