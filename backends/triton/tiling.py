@@ -164,6 +164,9 @@ def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     widest = max(8, 1 << (product.m - 1).bit_length()) if product.m > 1 else 8
     # Narrower tiles than there are tokens read weights several times: for chips with little shared memory.
     sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [32, 64, 128, 256]
+    if product.span and variant.capability < (9, 0):
+        # Weights that are decoded lie in the registers of every warp that multiplies them, with all of its tokens.
+        sizes_m = [m for m in sizes_m if m <= 64]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
             for block_k in (COLUMNS,) if product.span else (COLUMNS // 2, COLUMNS):
@@ -183,7 +186,8 @@ def _warps(product: Product, size: int, block_m: int, variant: GpuVariant) -> tu
     if product.item == 4 or variant.capability < (9, 0):
         return (4,)  # of more, some would decode the same weights for other tokens
     if block_m > 16:
-        return (4, 8) if size == 128 * 64 else (4,)
+        wide = size == 128 * 64  # of these, a norm's sums of squares want the registers of 8 warps
+        return (8,) if wide and product.norm else (4, 8) if wide else (4,)
     return (2,) if variant.capability >= (10, 0) else (4, 2)
 
 

@@ -16,6 +16,9 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
 
+MANY = 64
+"""Tokens of a tile from which squares for the norm are added up by fours at once: they would not fit in registers."""
+
 EARLY = 48 << 10
 """Bytes that a program asks for before the kernel before it has ended: with two programs on each of an H200's 132
 multiprocessors 13 MB, which take 2.6 microseconds to come, and a quarter of its L2 cache."""
@@ -108,6 +111,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         norm=p["norm_eps"] is not None,
         scaled=format is not None,
         halved=p["block_k"] < COLUMNS,
+        many=p["block_m"] >= MANY,
         scale_weights=p["scale_weights"],
         bias=p["bias"],
         activation=p["activation"],
