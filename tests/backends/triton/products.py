@@ -130,7 +130,7 @@ class Case:
             out_dtype=self.out_dtype.value,
             scale_weights=self.scale_weights,
         )
-        run(source(spec, self.variant or TARGET), (self.tiling.programs, 1, 1), tensors)
+        run(source(spec, TARGET or self.variant), (self.tiling.programs, 1, 1), tensors)
         assert not tickets.any(), "tickets are left as they were found"
         assert out[self.m :].isnan().all(), "rows that do not count are not written"
         return out[: self.m].double().numpy()
