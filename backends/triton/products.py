@@ -20,9 +20,9 @@ INSTRUCTIONS, SCALING = {"float": 0.5, "int4": 1.55, "int8": 1.95, "e4m3": 2.45}
 """Of a thread for each weight, by how it is decoded, but for what a pass of the loop takes anyhow; and to scale it:
 counted in code for sm_90 (see benchmarks/NOTES.md)."""
 
-SUMS_MOST = 16
-"""Rows of x up to which sums are scaled on Blackwell, where those of more are left to units whose sums lie in a memory
-of their own (`tcgen05`)."""
+SUMS_MOST = {8: 32, 9: 1 << 30, 10: 16}
+"""Rows of x up to which sums are scaled, by the architecture's major number. Before Hopper the sums of a group and of
+the tile would not both fit in registers; on Blackwell those of more rows lie in a memory of their own (`tcgen05`)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def scales_weights(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, 
     format = FORMATS.get(op.format)
     if format is None or op.compute is DType.F32:
         return False
-    return rows > format.group or (rows > SUMS_MOST and variant.capability >= (10, 0))
+    return rows > min(format.group, SUMS_MOST[variant.capability[0]])
 
 
 def product_of(op: BlockLinear | BlockGatedLinear | BlockAppend, rows: int, scale_weights: bool = False) -> Product:

@@ -16,7 +16,7 @@ LAUNCH = 1.5e-6
 """Seconds in which a launch moves nothing: its start, and the tail in which programs end one by one."""
 MATRIX_RATE = 1024.0
 """Products of 16-bit numbers that a multiprocessor adds up in a cycle with the instructions of one warp; twice as many
-with Hopper's of four warps, four times with Blackwell's (by the datasheets' peaks, clocks and multiprocessors)."""
+with Hopper's of four warps, four times with Blackwell's (the datasheets' peaks by clocks and multiprocessors)."""
 WARPS_TO_FILL = 3.0
 """Warps that a scheduler needs to start an instruction in every cycle."""
 PASS, SUM = 95, 28
@@ -116,14 +116,15 @@ def uses_warps(variant: GpuVariant, warps: int) -> bool:
 
 
 def choose(product: Product, variant: GpuVariant) -> Tiling:
-    """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight."""
+    """The tiling with the least modelled time; of equals, few programs, small tiles, many loads in flight, few
+    warps."""
     return candidates(product, variant)[0]
 
 
 def candidates(product: Product, variant: GpuVariant, most: int = 8) -> list[Tiling]:
     """The best tilings by the model, the best first: what `--tune` measures."""
     found = {t: seconds(product, t, variant) for t in _possible(product, variant)}
-    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, -t.stages))[:most]
+    return sorted(found, key=lambda t: (found[t], t.programs, t.block_n * t.block_m, -t.stages, t.warps))[:most]
 
 
 def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
@@ -153,13 +154,9 @@ def seconds(product: Product, tiling: Tiling, variant: GpuVariant) -> float:
     issue = waves * per * at_once * instructions / (variant.issue_rate * busy)
     # From one tile to the next a program has nothing under way; the others of its multiprocessor go on.
     ramps = (per - 1) / tiling.chunks(product.k) * LATENCY * variant.multiprocessors / at_once
-    split = tiling.workspace_bytes(product.n, product.k, product.m) * 2 / (3 * variant.bandwidth)
-    return (
-        max(memory, matrix, issue)
-        + ramps
-        + LAUNCH
-        + (split if tiling.parts(product.n, product.k, product.m) > 1 else 0.0)
-    )
+    parts = tiling.parts(product.n, product.k, product.m)
+    written = tiling.workspace_bytes(product.n, product.k, product.m) if parts > 1 else 0
+    return max(memory, matrix, issue) + ramps + written * 2 / (3 * variant.bandwidth) + LAUNCH
 
 
 def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
@@ -167,6 +164,9 @@ def _possible(product: Product, variant: GpuVariant) -> Iterator[Tiling]:
     widest = max(8, 1 << (product.m - 1).bit_length()) if product.m > 1 else 8
     # Narrower tiles than there are tokens read weights several times: for chips with little shared memory.
     sizes_m = [m for m in (8, 16, 32, 64) if min(widest, 16) <= m <= widest] if few else [32, 64, 128, 256]
+    if product.span and variant.capability < (9, 0):
+        # Weights that are decoded lie in the registers of every warp that multiplies them, with all of its tokens.
+        sizes_m = [m for m in sizes_m if m <= 64]
     for block_m in sizes_m:
         for block_n in (ROWS, 2 * ROWS):
             for block_k in (COLUMNS,) if product.span else (COLUMNS // 2, COLUMNS):
@@ -186,7 +186,8 @@ def _warps(product: Product, size: int, block_m: int, variant: GpuVariant) -> tu
     if product.item == 4 or variant.capability < (9, 0):
         return (4,)  # of more, some would decode the same weights for other tokens
     if block_m > 16:
-        return (4, 8) if size == 128 * 64 else (4,)
+        wide = size == 128 * 64  # of these, a norm's sums of squares want the registers of 8 warps
+        return (8,) if wide and product.norm else (4, 8) if wide else (4,)
     return (2,) if variant.capability >= (10, 0) else (4, 2)
 
 

@@ -16,6 +16,9 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.target import GpuVariant
 from llmc.ir.types import DType
 
+MANY = 64
+"""Tokens of a tile from which squares for the norm are added up by fours at once: they would not fit in registers."""
+
 EARLY = 48 << 10
 """Bytes that a program asks for before the kernel before it has ended: with two programs on each of an H200's 132
 multiprocessors 13 MB, which take 2.6 microseconds to come, and a quarter of its L2 cache."""
@@ -92,7 +95,8 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             f"{target.name} has no 8-bit floats, which {p['format'] if kind == 'e4m3' else 'fp8 keys and values'} need:"
             " they come with sm_89; leave the architecture out, or take q8 weights and int8 keys and values"
         )
-    assert format is None or (p["block_k"] % COLUMNS == 0 and format.group <= COLUMNS), p
+    assert p["block_k"] == COLUMNS or (format is None and 2 * p["block_k"] == COLUMNS), p
+    assert format is None or format.group <= COLUMNS, p
     bits = format.bits if format else 8 * DType(p["weight_dtype"]).itemsize
     group = format.group if format else p["block_k"]
     columns = WORD_BYTES * 8 // bits if format else p["block_k"]  # of the words that are loaded at once
@@ -106,6 +110,8 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
         precision=PRECISION[compute],
         norm=p["norm_eps"] is not None,
         scaled=format is not None,
+        halved=p["block_k"] < COLUMNS,
+        many=p["block_m"] >= MANY,
         scale_weights=p["scale_weights"],
         bias=p["bias"],
         activation=p["activation"],
@@ -138,6 +144,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             ("GROUPS", COLUMNS // group),
             ("SPAN", span),
             ("PIECES", columns // span),
+            ("BLOCK", ROWS * COLUMNS * bits // 32 if format else ROWS * COLUMNS),
             ("EPS", p["norm_eps"] or 0.0),
             ("HEADS", p["num_heads"]),
             ("KV_HEADS", p["num_kv_heads"]),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from llmc.backends.triton.tiling import Tiling
 from llmc.ir.quant import FORMATS
@@ -103,6 +106,19 @@ def test_results_are_the_same_bits_each_time_and_with_more_tokens_beside() -> No
     alone.x[:2], alone.weight, alone.gain = first.x[:2], first.weight, first.gain
     assert np.array_equal(first.run(), first.run())
     assert np.array_equal(first.run()[:2], alone.run())
+
+
+def test_the_order_in_which_programs_run_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(128, 640, 4, tiling(programs=5), norm=True)
+    expected = case.run()
+    place = InterpreterBuilder.set_grid_idx
+    for order in ((4, 3, 2, 1, 0), (2, 0, 4, 1, 3)):
+
+        def reordered(self: Any, x: int, y: int, z: int, order: tuple[int, ...] = order) -> None:
+            place(self, order[x], y, z)
+
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", reordered)
+        assert np.array_equal(case.run(), expected)
 
 
 def test_launches_may_follow_each_other_on_one_workspace() -> None:
