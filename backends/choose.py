@@ -17,11 +17,11 @@ MODULES = {"cpu": "llmc.backends.tvm", "cuda": "llmc.backends.triton"}
 """By kind of target, where `backend.make` and `select.arguments` are."""
 
 
-def backend_for(target: Target, longest: int, compute: DType, block_size: int, **options: Any) -> Backend[Any]:
-    """The backend for sequences of `longest` tokens at most, in blocks of `block_size` tokens. `compute`: the dtype in
+def backend_for(target: Target, longest: int, compute: DType, **options: Any) -> Backend[Any]:
+    """The backend for sequences of `longest` tokens at most. `compute`: the dtype in
     which activations enter products; `options`: what only this kind of target has, as `tunings` of GPUs."""
     make: Callable[..., Backend[Any]] = resolve_name(f"{MODULES[target.kind]}.backend:make")
-    return make(target, longest, compute, block_size, **options)
+    return make(target, longest, compute, **options)
 
 
 def know_ops(kind: str) -> None:

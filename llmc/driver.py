@@ -63,7 +63,7 @@ def compile_model(
         package.require_space(imported.weights.bytes if options.weights else 0)
         compute = compute_dtype(imported.graph, quant, target)
         kv = kv_dtype(options.kv_quant, imported.graph, target, compute)
-        backend_of = partial(backend_for, target, imported.info.max_sequence_length, compute, options.block_size)
+        backend_of = partial(backend_for, target, imported.info.max_sequence_length, compute)
         backend = backend_of()
         with report.phase("passes"):
             step = run_passes(imported.graph, load, options, kv, quant, report)

@@ -33,14 +33,11 @@ class TritonBackend:
     name = "triton"
     entry_names: Sequence[str] = ("decode", "prefill")
 
-    def __init__(
-        self, target: Target, longest: int, compute: DType, block_size: int, tunings: Tunings | None = None
-    ) -> None:
+    def __init__(self, target: Target, longest: int, compute: DType, tunings: Tunings | None = None) -> None:
         self._version = find_triton()  # now, and not when everything else is done
         self.variants = target.gpu_variants
         self.longest = longest
         self.compute = compute
-        self.block_size = block_size
         self.tunings = tunings or Tunings()
 
     @property
@@ -56,7 +53,7 @@ class TritonBackend:
         """See `Backend`."""
         graph = entry_graph(name, graph)
         verify(graph)
-        return plan_entry(name, graph, self.variants, self.longest, self.block_size, self.tunings)
+        return plan_entry(name, graph, self.variants, self.longest, self.tunings)
 
     def compile(self, entries: Sequence[GpuEntry], scratch: Path) -> Kernels:
         """See `Backend`. One archive of cubins and PTX for each architecture, and what its kernels take of the chip."""
@@ -68,10 +65,10 @@ class TritonBackend:
             specs = {launch.spec.symbol: launch.spec for bucket in buckets for launch in bucket.launches}
             compiled = compile_sources([source_of(spec, variant) for spec in specs.values()], variant)
             seconds |= {name: max(seconds.get(name, 0.0), kernel.seconds) for name, kernel in compiled.items()}
-            names = {kind: f"{kind}-{variant.name}" for kind in ("kernels", "plan")}
-            files[f"{names['kernels']}.zip"] = _archive(compiled)
-            files[f"{names['kernels']}.json"] = to_json({name: k.as_json() for name, k in compiled.items()})
-            described.append(_described(variant))
+            manifest = _described(variant)
+            files[manifest["kernels"]] = _archive(compiled)
+            files[manifest["resources"]] = to_json({name: k.as_json() for name, k in compiled.items()})
+            described.append(manifest)
         launcher = build_launcher(scratch)
         if launcher is not None:
             files[LAUNCHER] = launcher
@@ -87,7 +84,7 @@ class TritonBackend:
             described = {entry.name: describe_entry(entry, variant.name, buffers) for entry in entries}
             buckets = [bucket for entry in entries for bucket in entry.buckets[variant.name]]
             launches = [launch for bucket in buckets for launch in bucket.launches]
-            plans[f"plan-{variant.name}.json"] = {
+            plans[_described(variant)["plan"]] = {
                 **plan_head(entries, step, block_size),
                 "workspace_bytes": max((launch.workspace for launch in launches), default=0),
                 "tickets": max((launch.tickets for launch in launches), default=0),
@@ -120,8 +117,6 @@ def _archive(compiled: Mapping[str, Compiled]) -> bytes:
     return buffer.getvalue()
 
 
-def make(
-    target: Target, longest: int, compute: DType, block_size: int, tunings: Tunings | None = None
-) -> TritonBackend:
+def make(target: Target, longest: int, compute: DType, tunings: Tunings | None = None) -> TritonBackend:
     """See `choose.backend_for`."""
-    return TritonBackend(target, longest, compute, block_size, tunings)
+    return TritonBackend(target, longest, compute, tunings)

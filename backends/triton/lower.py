@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmc.backends.dynamic_rotary import absorbed, dynamic_table
+from llmc.backends.lowering import Lowering
 from llmc.backends.triton.blocks import block_weight, packed_codes
 from llmc.backends.triton.ops import (
     SAMPLING_WORDS,
@@ -17,12 +18,13 @@ from llmc.backends.triton.ops import (
     RoundedAppend,
     RoundedNorm,
     SelectTokens,
+    narrow,
+    wide,
 )
 from llmc.backends.triton.packing_ops import OrderRows
 from llmc.backends.triton.select import has_kernel
-from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph, Input
-from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
+from llmc.ir.op import Emitter, Node, Value, as_tuple
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
@@ -31,7 +33,6 @@ from llmc.ir.ops.norm import LayerNorm, RmsNorm
 from llmc.ir.ops.quantized import DequantizeWeight, QuantizedEmbedding
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
-from llmc.ir.printer import op_text
 from llmc.ir.types import DType, TensorType
 
 _PRODUCTS = (Linear, GatedLinear)
@@ -67,7 +68,9 @@ def _norm_into_product(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ..
     return node.results if inputs == node.inputs else b.make(node.op, inputs).results
 
 
-class _Lowering:
+class _Lowering(Lowering):
+    processor = "GPU"
+
     def __init__(self, graph: Graph, compute: DType) -> None:
         self.graph = graph
         self.compute = compute
@@ -76,6 +79,9 @@ class _Lowering:
         self.blocks: dict[tuple[Value, OrderRows], tuple[Value, ...]] = {}
         self.absorbed = absorbed(graph)
         self.tied = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Linear)}
+
+    def has_kernel(self, node: Node) -> bool:
+        return has_kernel(node)
 
     def node(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         """What takes the node's place; `inputs` are its operands, lowered already."""
@@ -97,24 +103,17 @@ class _Lowering:
         if isinstance(op, RmsNorm | LayerNorm):
             x, *vectors = inputs
             norm = RoundedNorm(op.eps, self._dtype(node), isinstance(op, LayerNorm))
-            return self._emit(b, norm, _wide(b, x), *(_wide(b, v) for v in vectors))
+            return self.emit(b, norm, wide(b, x), *(wide(b, v) for v in vectors))
         if isinstance(op, PagedAttention):
             q, *rest = inputs
-            return self._emit(b, op, self._narrow(b, q), *rest)
+            return self.emit(b, op, narrow(b, q, self.compute), *rest)
         if isinstance(op, Embedding | QuantizedEmbedding):
             return self._embedding(b, node, op, inputs)
         if isinstance(op, Argmax) and node.results[0] in dict(self.graph.outputs).values() and self.sampling is None:
             return self._select(b, inputs[0])
         if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
             return dynamic_table(b, op, inputs[1].op, inputs[0])
-        made = b.make(op, tuple(_wide(b, v) for v in inputs))
-        if has_kernel(made):
-            return made.results
-        if not op.decomposes:
-            name, attributes = op_text(op)
-            types = ", ".join(str(v.type) for v in inputs)
-            raise NoKernel(f"no GPU kernel for {name}({types}){attributes} at {node.loc or 'no place'}, a primitive op")
-        return self._expand(b, made)
+        return self.kernel_or_parts(b, b.make(op, tuple(_floats(b, v) for v in inputs)))
 
     def _product(self, b: Emitter, node: Node, op: Linear | GatedLinear, inputs: tuple[Value, ...]) -> Value:
         x, weight, *rest = inputs
@@ -124,24 +123,24 @@ class _Lowering:
             if op.bias:
                 return self._gated_with_bias(b, node, op, inputs)
             gated = BlockGatedLinear(format, rows, width, op.activation, None, self.compute, self._dtype(node))
-            return self._emit(b, gated, x, *self._blocks(b, weight, gated))
+            return self.emit(b, gated, x, *self._blocks(b, weight, gated))
         linear = BlockLinear(
             format, rows, width, op.bias, op.activation, op.residual, None, self.compute, self._dtype(node)
         )
-        bias = [_wide(b, v) for v in rest[: op.bias]]
-        residual = [_wide(b, v) for v in rest[op.bias :]]
-        return self._emit(b, linear, x, *self._blocks(b, weight, linear), *bias, *residual)
+        bias = [wide(b, v) for v in rest[: op.bias]]
+        residual = [wide(b, v) for v in rest[op.bias :]]
+        return self.emit(b, linear, x, *self._blocks(b, weight, linear), *bias, *residual)
 
     def _gated_with_bias(self, b: Emitter, node: Node, op: GatedLinear, inputs: tuple[Value, ...]) -> Value:
         """Two linears and a product: gated blocks have no place for a bias."""
         x, weight, bias = inputs
-        rows, _ = weight.type.concrete({})
-        halves = []
-        for start, activation in ((0, op.activation), (rows // 2, "none")):
-            part, part_bias = (b.slice(v, axis=0, start=start, stop=start + rows // 2) for v in (weight, bias))
-            half = b.make(Linear(True, activation), (_wide(b, x), part, part_bias))
-            halves.append(_wide(b, self._product(b, half, Linear(True, activation), (x, part, part_bias))))
-        result: Value = b.mul(*halves)
+        half = weight.type.concrete({})[0] // 2
+        parts = []
+        for start, activation in ((0, op.activation), (half, "none")):
+            rows = (_rows(b, weight, start, start + half), _rows(b, bias, start, start + half))
+            linear = Linear(True, activation)
+            parts.append(self._product(b, b.make(linear, (wide(b, x), *rows)), linear, (x, *rows)))
+        result: Value = b.mul(*parts)
         return result
 
     def _append(
@@ -161,7 +160,7 @@ class _Lowering:
             x, bias = qkv.node.inputs[0], qkv.node.inputs[product.rest_at :]
             blocks = self._blocks(b, node.inputs[0].node.inputs[1], made)
             return b.make(made, (x, *blocks, *(b(made.order, v) for v in bias), *rest)).results
-        return b.make(RoundedAppend(*heads, op.scaled, self._dtype(node)), (_wide(b, qkv), *rest)).results
+        return b.make(RoundedAppend(*heads, op.scaled, self._dtype(node)), (wide(b, qkv), *rest)).results
 
     def _embedding(
         self, b: Emitter, node: Node, op: Embedding | QuantizedEmbedding, inputs: tuple[Value, ...]
@@ -172,12 +171,12 @@ class _Lowering:
             rows = table.type.shape[0]
             assert isinstance(rows, int)
             made = BlockEmbedding(op.format, rows, op.width)
-            return self._emit(b, made, ids, *self._packed_codes(b, made, table, scales[0]))
+            return self.emit(b, made, ids, *self._packed_codes(b, made, table, scales[0]))
         if table in self.tied:
             rows, width = table.type.concrete({})
             made = BlockEmbedding("none", rows, width)
-            return self._emit(b, made, ids, *self._blocks(b, table, made))
-        return self._emit(b, op, ids, table)
+            return self.emit(b, made, ids, *self._blocks(b, table, made))
+        return self.emit(b, op, ids, table)
 
     def _select(self, b: Emitter, logits: Value) -> Value:
         """Greedy tokens, and those that the rows' sampling draws: a further input and a further output."""
@@ -185,22 +184,6 @@ class _Lowering:
         self.sampling = Value(Node(Input("sampling"), (), (words,)))
         greedy, self.chosen = b.make(SelectTokens(), (logits, self.sampling)).results
         return greedy
-
-    def _expand(self, b: Emitter, node: Node) -> tuple[Value, ...]:
-        """The node's decomposition, lowered in turn."""
-        holes, results = node.op.expand([v.type for v in node.inputs])
-        new = dict(zip(holes, node.inputs, strict=True))
-        for inner in topological(v.node for v in results):
-            if isinstance(inner.op, Hole):
-                continue
-            made = self.lowered(b, inner, tuple(new[v] for v in inner.inputs))
-            new.update(zip(inner.results, as_tuple(made), strict=True))
-        return tuple(new[v] for v in results)
-
-    def _emit(self, b: Emitter, op: Op, *inputs: Value) -> Value:
-        made = b.make(op, inputs)
-        assert has_kernel(made), made
-        return made.results[0]
 
     def _blocks(self, b: Emitter, weight: Value, op: Any) -> tuple[Value, ...]:
         """The weight in blocks, and its scales, made once for all their readers."""
@@ -224,10 +207,6 @@ class _Lowering:
             return DType.F32
         return self.compute if all(_enters_product(n, i) for n, i in readers) else DType.F32
 
-    def _narrow(self, b: Emitter, x: Value) -> Value:
-        result: Value = x if x.type.dtype is self.compute else b.cast(x, dtype=self.compute)
-        return result
-
 
 def _enters_product(node: Node, operand: int) -> bool:
     """Whether a node reads an operand only to multiply it with matrices."""
@@ -244,8 +223,16 @@ def _format(weight: Value) -> str:
     return weight.op.format if isinstance(weight.op, DequantizeWeight) else "none"
 
 
-def _wide(b: Emitter, x: Value) -> Value:
-    if not x.type.dtype.is_float or x.type.dtype is DType.F32 or (x.op.leaf and x.type.rank > 2):
-        return x
-    result: Value = b.cast(x, dtype=DType.F32)
+def _rows(b: Emitter, array: Value, start: int, stop: int) -> Value:
+    """Some rows of an array; of a weight in a format those of its codes and scales, so that it stays in it."""
+    if isinstance(array.op, DequantizeWeight):
+        return b.one(array.op, *(_rows(b, part, start, stop) for part in array.node.inputs))
+    result: Value = b.slice(array, axis=0, start=start, stop=stop)
     return result
+
+
+def _floats(b: Emitter, x: Value) -> Value:
+    """The value in f32, if it is a step's and holds floats: a state keeps its dtype."""
+    if not x.type.dtype.is_float or (x.op.leaf and x.type.rank > 2):
+        return x
+    return wide(b, x)

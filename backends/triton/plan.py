@@ -58,9 +58,7 @@ def bucket_sizes(name: str, most: int) -> list[int]:
     return [*sizes, most]
 
 
-def plan_entry(
-    name: str, graph: Graph, variants: Sequence[GpuVariant], longest: int, block_size: int, tunings: Tunings
-) -> GpuEntry:
+def plan_entry(name: str, graph: Graph, variants: Sequence[GpuVariant], longest: int, tunings: Tunings) -> GpuEntry:
     """Launches in the graph's order, for sequences of `longest` tokens at most."""
     bounds = {n: bounds_of(graph, n) for n in ("tokens", "sequences", "outputs")}
     nodes = [n for n in graph.nodes if n not in graph.parameter_only and not is_view(n)]
@@ -71,7 +69,7 @@ def plan_entry(
         for tokens in bucket_sizes(name, bounds["tokens"][1]):
             sizes = {n: min(tokens, bounds[n][1]) for n in ("sequences", "outputs")}
             most = (tokens, sizes["sequences"], sizes["outputs"])
-            step = Step(variant, *most, longest, block_size, name == "decode", tunings)
+            step = Step(variant, *most, longest, name == "decode", tunings)
             made.append(Bucket(tokens, tuple(_launch(n, step, *costs[n]) for n in nodes)))
         buckets[variant.name] = tuple(made)
     launches = [launch for of in buckets.values() for bucket in of for launch in bucket.launches]

@@ -47,15 +47,13 @@ _OpT = TypeVar("_OpT", bound=Op)
 @dataclass(frozen=True)
 class Step:
     """A step that kernels are chosen for: on which architecture, of how many tokens, sequences and rows of logits at
-    most; `decode` has one token for each sequence; contexts of `longest` tokens at most, in pages of `block_size`;
-    `tunings` of products."""
+    most; `decode` has one token for each sequence; contexts of `longest` tokens at most; `tunings` of products."""
 
     variant: GpuVariant
     tokens: int
     sequences: int
     outputs: int
     longest: int
-    block_size: int
     decode: bool
     tunings: Tunings = field(default_factory=Tunings)
 
@@ -81,18 +79,18 @@ class Selected:
 _Choose = Callable[[Any, Node, Step], Selected | None]
 _TABLE: dict[type[Op], _Choose] = {}
 
-ANY = Step(GPU_VARIANTS["sm_90"], 1, 1, 1, 1, 16, decode=True)
-"""A step for questions whose answer is the same for all."""
+PREFILL = Step(GPU_VARIANTS["sm_90"], 1, 1, 1, 1, decode=False)
+"""A step for questions whose answer is the same for all steps with several tokens of a sequence."""
 
 
 def has_kernel(node: Node) -> bool:
     """Whether `select` finds one."""
-    return select(node, ANY) is not None
+    return select(node, PREFILL) is not None
 
 
 def arguments(node: Node) -> tuple[Value, ...] | None:
-    """The values that a node's kernel is given, but for what programs share; None for a node without a kernel."""
-    chosen = select(node, ANY)
+    """The values that a node's kernel is given in a prefill, but for what programs share; None without a kernel."""
+    chosen = select(node, PREFILL)
     return None if chosen is None else chosen.arguments
 
 

@@ -69,7 +69,7 @@ class TvmBackend:
         return {"plan.json": plan}
 
 
-def make(target: Target, longest: int, compute: DType, block_size: int) -> TvmBackend:
-    """See `choose.backend_for`. CPU kernels compute in f32 and take blocks as their state says."""
+def make(target: Target, longest: int, compute: DType) -> TvmBackend:
+    """See `choose.backend_for`. CPU kernels compute in f32."""
     assert compute is DType.F32
     return TvmBackend(target, longest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.backends.dynamic_rotary import absorbed, dynamic_table
+from llmc.backends.lowering import Lowering
 from llmc.backends.tvm.lower_attention import lower_append, lower_attention
 from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
@@ -15,7 +16,7 @@ from llmc.backends.tvm.tile_fusions import TILE_FUSIONS
 from llmc.backends.tvm.tiled_ops import BestOfPanels, TiledEmbedding, TiledGatedLinear, TiledLinear
 from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph
-from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
+from llmc.ir.op import Emitter, Node, Value, as_tuple
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
@@ -25,7 +26,6 @@ from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, Quan
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
 from llmc.ir.pattern import Match
-from llmc.ir.printer import op_text
 from llmc.ir.quant import INTEGER_FORMATS
 from llmc.ir.rewrite import Fuse, rewrite
 from llmc.ir.types import DType
@@ -53,7 +53,9 @@ class _FuseIntoProducer(Fuse):
         return super().rewrite(b, match)
 
 
-class _Lowering:
+class _Lowering(Lowering):
+    processor = "CPU"
+
     def __init__(self, graph: Graph, longest: int) -> None:
         self.longest = longest
         self.packed: dict[tuple[str, Value], Value] = {}
@@ -62,6 +64,9 @@ class _Lowering:
         linear = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Linear)}
         self.absorbed = absorbed(graph)
         self.tied = {n.inputs[1] for n in graph.nodes if isinstance(n.op, Embedding)} & linear
+
+    def has_kernel(self, node: Node) -> bool:
+        return has_kernel(node)
 
     def node(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         """What takes the node's place; `inputs` are its operands, lowered already."""
@@ -82,19 +87,19 @@ class _Lowering:
             assert isinstance(rows, int)
             packed = PackedLinear(rows, op.bias, op.activation, op.residual)
             bias, residual = inputs[2 : 2 + op.bias], inputs[2 + op.bias :]
-            return self._emit(b, packed, inputs[0], panels, *_floats(b, bias), *residual)
+            return self.emit(b, packed, inputs[0], panels, *_floats(b, bias), *residual)
         if isinstance(op, GatedLinear):
             return self._gated(b, op, node, inputs)
         if isinstance(op, QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding):
             return self._quantized(b, op, inputs)
         if isinstance(op, Argmax) and isinstance(inputs[0].op, TiledLinear):
             # Its panels say which output is the largest, as they are made: logits are not read again.
-            return self._emit(b, BestOfPanels(), b.panel_keys(inputs[0]))
+            return self.emit(b, BestOfPanels(), b.panel_keys(inputs[0]))
         if isinstance(op, Embedding) and node.inputs[1] in self.tied:
             panels = self._pack(b, "pack_panels", inputs[1])
             rows = inputs[1].type.shape[0]
             assert isinstance(rows, int)
-            return self._emit(b, PackedEmbedding(rows), inputs[0], panels)
+            return self.emit(b, PackedEmbedding(rows), inputs[0], panels)
         if isinstance(op, RopeAppend | QkvAppend):
             return lower_append(b, op, inputs)
         if isinstance(op, PagedAttention):
@@ -106,14 +111,7 @@ class _Lowering:
         if type(op) in _NORM_PARAMETERS:
             first = _NORM_PARAMETERS[type(op)]
             inputs = (*inputs[:first], *_floats(b, inputs[first:]))
-        made = b.make(op, inputs)
-        if has_kernel(made):
-            return made.results
-        if not op.decomposes:
-            name, attributes = op_text(op)
-            types = ", ".join(str(v.type) for v in inputs)
-            raise NoKernel(f"no CPU kernel for {name}({types}){attributes} at {node.loc or 'no place'}, a primitive op")
-        return self._expand(b, made)
+        return self.kernel_or_parts(b, b.make(op, inputs))
 
     def _quantized(
         self, b: Emitter, op: QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding, inputs: tuple[Value, ...]
@@ -132,15 +130,15 @@ class _Lowering:
             codes, scales = b.interleave_gated(codes), b.interleave_gated(scales)
         weight = (b.pack_codes(codes, bits=bits), b.pack_panels(scales))
         if isinstance(op, QuantizedEmbedding):
-            return self._emit(b, TiledEmbedding(op.format, rows, op.width), x, *weight)
+            return self.emit(b, TiledEmbedding(op.format, rows, op.width), x, *weight)
         assert isinstance(width, int)
         if x not in self.tiles:
             self.tiles[x] = b.quantize_tiles(x)
         if isinstance(op, QuantizedGatedLinear):
             gated = TiledGatedLinear(op.format, rows // 2, width, op.activation)
-            return self._emit(b, gated, *self.tiles[x], *weight)
+            return self.emit(b, gated, *self.tiles[x], *weight)
         linear = TiledLinear(op.format, rows, width, op.bias, op.activation, op.residual)
-        return self._emit(b, linear, *self.tiles[x], *weight, *_floats(b, tuple(rest)))
+        return self.emit(b, linear, *self.tiles[x], *weight, *_floats(b, tuple(rest)))
 
     def _gated_with_bias(self, b: Emitter, op: QuantizedGatedLinear, inputs: tuple[Value, ...]) -> Value:
         """Two linears and a product: gated panels have no place for a bias."""
@@ -154,35 +152,19 @@ class _Lowering:
         result: Value = b.mul(*halves)
         return result
 
-    def _expand(self, b: Emitter, node: Node) -> tuple[Value, ...]:
-        """The node's decomposition, lowered in turn."""
-        holes, results = node.op.expand([v.type for v in node.inputs])
-        new = dict(zip(holes, node.inputs, strict=True))
-        for inner in topological(v.node for v in results):
-            if isinstance(inner.op, Hole):
-                continue
-            made = self.lowered(b, inner, tuple(new[v] for v in inner.inputs))
-            new.update(zip(inner.results, as_tuple(made), strict=True))
-        return tuple(new[v] for v in results)
-
-    def _emit(self, b: Emitter, op: Op, *inputs: Value) -> Value:
-        made = b.make(op, inputs)
-        assert has_kernel(made), made
-        return made.results[0]
-
     def _gated(self, b: Emitter, op: GatedLinear, node: Node, inputs: tuple[Value, ...]) -> Value:
         rows = node.types[0].shape[1]
         assert isinstance(rows, int)
         if not op.bias:
             panels = self._pack(b, "pack_gated", inputs[1])
-            return self._emit(b, PackedGatedLinear(rows, op.activation), inputs[0], panels)
+            return self.emit(b, PackedGatedLinear(rows, op.activation), inputs[0], panels)
         x, weight, bias = inputs
         halves = []
         for start, activation in ((0, op.activation), (rows, "none")):
             part = b.slice(weight, axis=0, start=start, stop=start + rows)
             part_bias = b.slice(bias, axis=0, start=start, stop=start + rows)
             panels = self._pack(b, "pack_panels", part)
-            halves.append(self._emit(b, PackedLinear(rows, True, activation), x, panels, *_floats(b, (part_bias,))))
+            halves.append(self.emit(b, PackedLinear(rows, True, activation), x, panels, *_floats(b, (part_bias,))))
         result: Value = b.mul(*halves)
         return result
 

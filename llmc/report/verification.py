@@ -18,7 +18,7 @@ from llmc.ir.interpret import evaluate_parameters, interpret
 from llmc.ir.op import Array, Node, Value
 from llmc.packages import open_package
 from llmc.passes.plan_memory import storage
-from llmc.runtime.batch import Chunk, build_batch
+from llmc.runtime.batch import SAMPLING_WORDS, Batch, Chunk, build_batch
 from llmc.runtime.plan import INPUTS
 
 _PROMPT_LENGTHS = (24, 7)
@@ -65,7 +65,7 @@ def verify_package(folder: Path, against: Path | None) -> Verification:
         imported = import_model(against)
         tolerance = result.checks.tolerance
         _compare_logits(model, imported.graph, imported.weights.load, result)
-        result.divergent = _first_divergent(model, read_graph(folder, "prefill"), imported.weights.load, tolerance)
+        result.divergent = first_divergent(model, read_graph(folder, "prefill"), imported.weights.load, tolerance)
     model.close()
     return result
 
@@ -87,7 +87,7 @@ def _compare_logits(model: Any, graph: Graph, load: Callable[[str], Array], resu
     }
 
 
-def _first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tolerance: float) -> str:
+def first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tolerance: float) -> str:
     """The first node whose result on the machine is not the float64 interpreter's; empty when all agree.
 
     Both run the same lowered graph on one prefill of two sequences; the machine's values are read after each launch.
@@ -104,7 +104,7 @@ def _first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tol
         batch = build_batch(chunks, engine.executor.block_size)
         sizes = dict(zip(("tokens", "sequences", "max_blocks", "outputs"), batch.dims, strict=True))
         sizes["num_blocks"] = int(batch.block_tables.max()) + 1
-        values = _Reference(graph, {name: getattr(batch, name) for name in INPUTS}, load, sizes)
+        values = _Reference(graph, {name: getattr(batch, name) for name in INPUTS} | _greedy(batch), load, sizes)
         arguments = arguments_of(model.info["target"]["kind"])
         named = [(n, arguments(n)) for n in graph.nodes if n not in graph.parameter_only]
         launched = [(n, given) for n, given in named if given is not None]
@@ -114,6 +114,11 @@ def _first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tol
         for table in tables:
             table.free()
     return verdict
+
+
+def _greedy(batch: Batch) -> dict[str, Array]:
+    """The input of graphs that sample: zeros, which draw nothing."""
+    return {"sampling": np.zeros((len(batch.logit_rows), SAMPLING_WORDS), np.int32)}
 
 
 def _difference(

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.importers.hf import import_model
+from llmc.inspection import read_graph
 from llmc.packages import open_package
+from llmc.report.verification import first_divergent
 from tests import tiny_models
 from tests.backends.triton.interpreted_package import compile_interpreted, load_interpreted
 from tests.conftest import Compile
@@ -91,6 +94,20 @@ def test_chunks_and_batches_do_not_change_what_comes_out(
     names = [name.rsplit("_", 1)[0] for name in device.launched]
     runs = {name for name, _ in itertools.groupby(names)}
     assert {"linear", "attention_decode", "attention_prefill", "select_token", "embedding", "norm"} <= runs
+
+
+def test_every_node_is_compared_with_float64(bf16_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `llmc verify --against` does with a GPU package: its launches one by one; and it finds the one that errs."""
+    sources = compile_interpreted(monkeypatch, bf16_model, tmp_path / "p", quant="q4g128", kv_quant="fp8")
+    model, _ = load_interpreted(tmp_path / "p", sources)
+    graph, load = read_graph(tmp_path / "p", "prefill"), import_model(bf16_model).weights.load
+    tolerance = model.verify().tolerance
+    assert first_divergent(model, graph, load, tolerance) == ""
+
+    def wrong(name: str) -> Any:
+        return -load(name) if name == "model.layers.1.mlp.down_proj.weight" else load(name)
+
+    assert first_divergent(model, graph, wrong, tolerance).startswith("block_linear at model.layers.1.mlp.down_proj")
 
 
 def _tokens(completions: Any) -> list[list[int]]:

@@ -26,9 +26,9 @@ def leaf(name: str, dtype: DType, shape: Sequence[Any]) -> Value:
     return Value(Node(Input(name), (), (TensorType(dtype, tuple(shape)),)))
 
 
-def step_of(tokens: int, sequences: int = 1, decode: bool = True, longest: int = 256, block_size: int = 16) -> Step:
+def step_of(tokens: int, sequences: int = 1, decode: bool = True, longest: int = 256) -> Step:
     """A step on a chip with many multiprocessors."""
-    return Step(GPU_VARIANTS["sm_90"], tokens, sequences, tokens, longest, block_size, decode)
+    return Step(GPU_VARIANTS["sm_90"], tokens, sequences, tokens, longest, decode)
 
 
 def run_node(node: Node, step: Step, arrays: Mapping[Value, Array], sizes: Mapping[str, int]) -> dict[Value, Array]:

@@ -92,7 +92,7 @@ def check(
     node = Emitter().make(op, tuple(values))
     sizes = {"tokens": count, "sequences": len(lengths), "max_blocks": pages.tables.shape[1], "num_blocks": 1}
     # A bucket is larger than its step: programs beyond it must find nothing to do.
-    step = step_of(count + 1, len(lengths) + 1, decode, longest, size)
+    step = step_of(count + 1, len(lengths) + 1, decode, longest)
     (given,) = run_node(node, step, values, sizes).values()
     (expected,) = op.reference(*(a.astype(v.type.dtype.oracle) for v, a in values.items()))
     naive = np.abs(_naive(op, values, dtype, decode) - expected).max()
