@@ -15,7 +15,7 @@ from llmc.backends.wheel import write_wheel
 from llmc.checks import make_checks
 from llmc.compile_report import CompileReport
 from llmc.contents import graph_files, make_manifest, runtime_files, state_bytes_per_token
-from llmc.dtypes import check_kv_quant, compute_dtype, kv_dtype
+from llmc.dtypes import check_8_bit_floats, check_kv_quant, compute_dtype, kv_dtype
 from llmc.entries import specialised
 from llmc.importers.hf import import_model
 from llmc.ir.graph import Graph
@@ -46,6 +46,7 @@ def compile_model(
     target = parse_target(options.target, host_flags())
     quant = read_quantization(options.quant, activations_of(target))
     check_kv_quant(options.kv_quant, target)
+    check_8_bit_floats(quant, options.kv_quant, target)
     report = CompileReport(output.absolute(), progress)
     with (
         tuning_devices(target) if options.tune else nullcontext() as devices,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph
+from llmc.ir.quant import FORMATS
 from llmc.ir.target import Target
 from llmc.ir.types import DType
 from llmc.options import CPU_KV_DTYPES, KV_DTYPES
@@ -17,6 +18,19 @@ def compute_dtype(graph: Graph, quant: Quantize | None, target: Target) -> DType
     if target.kind == "cpu" or (quant is None and not dtypes & {DType.BF16, DType.F16}):
         return DType.F32
     return DType.F16 if DType.F16 in dtypes and DType.BF16 not in dtypes else DType.BF16
+
+
+def check_8_bit_floats(quant: Quantize | None, kv_quant: str | None, target: Target) -> None:
+    """Raise `LlmcError` where weights or keys and values are asked for in a dtype that an architecture has not."""
+    formats = () if quant is None else (quant.format, quant.head, quant.embedding)
+    asked = ["--quant fp8"] if any(f in FORMATS and FORMATS[f].kind == "e4m3" for f in formats) else []
+    asked += ["--kv-quant fp8"] if kv_quant == "fp8" else []
+    lacking = [v.name for v in target.gpu_variants if not v.has_fp8]
+    if asked and lacking:
+        raise LlmcError(
+            f"{' and '.join(asked)}: {', '.join(lacking)} cannot read 8-bit floats, which come with sm_89; leave"
+            f" {'it' if len(lacking) == 1 else 'them'} out of --target, or take --quant q8 and --kv-quant int8"
+        )
 
 
 def check_kv_quant(given: str | None, target: Target) -> None:

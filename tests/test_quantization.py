@@ -52,6 +52,23 @@ def test_formats_for_gpus(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("cuda:sm_80,sm_90", {"quant": "fp8"}, "^--quant fp8: sm_80 cannot read 8-bit floats, .* sm_89; leave it out"),
+        ("cuda:sm_86,sm_80", {"kv_quant": "fp8"}, "^--kv-quant fp8: sm_80, sm_86 cannot .* leave them .* int8$"),
+        ("cuda:sm_80", {"quant": "fp8", "kv_quant": "fp8"}, "^--quant fp8 and --kv-quant fp8: sm_80 cannot"),
+    ],
+)
+def test_8_bit_floats_are_refused_where_a_chip_has_none(
+    target: str, options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    """Before anything of the model is read."""
+    with pytest.raises(LlmcError, match=message):
+        compile_model(tmp_path / "no model", tmp_path / "out", CompileOptions(target=target, **options))  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ("fp8", "^--kv-quant fp8 is for GPU targets only; a CPU target takes none, f16, bf16, f32, int8$"),

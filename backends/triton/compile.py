@@ -10,10 +10,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from llmc.backends.triton import sass
@@ -118,27 +119,45 @@ def _answers(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(own)
             ) as worker,
         ):
-            assert worker.stdin is not None and worker.stdout is not None
-            while not todo.empty():
-                job = todo.get()
-                worker.stdin.write(json.dumps(job) + "\n")
-                worker.stdin.flush()
-                line = worker.stdout.readline()
-                if not line:
-                    said = errors.read_text(errors="replace").strip().splitlines()[-1:]
-                    raise LlmcError(f"the compiler of {job['name']} ended without an answer: {' '.join(said)}")
-                answer = json.loads(line)
-                if "error" in answer and failures is not None:
+            while (job := _next(todo)) is not None:
+                answer = _ask(worker, job, errors)
+                if "error" not in answer:
+                    done.append({**answer, "folder": str(own)})
+                elif failures is not None:
                     failures[job["name"]] = str(answer["error"])
-                    continue
-                if "error" in answer:
+                else:
+                    while _next(todo) is not None:
+                        pass  # the others need not go on
                     raise LlmcError(f"cannot compile {job['name']} for sm_{job['capability']}: {answer['error']}")
-                done.append({**answer, "folder": str(own)})
         return done
 
     with ThreadPoolExecutor(count) as pool:
         for done in pool.map(work, range(count)):
             yield from done
+
+
+def _next(todo: SimpleQueue[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """A job, or None where none is left: another worker may have taken the last a moment ago."""
+    with suppress(Empty):
+        return todo.get_nowait()
+    return None
+
+
+def _ask(worker: subprocess.Popen[str], job: Mapping[str, Any], errors: Path) -> dict[str, Any]:
+    """A worker's answer to a job. Raises `LlmcError` with the last that it wrote to `errors` where it has ended."""
+    assert worker.stdin is not None and worker.stdout is not None
+    line = ""
+    with suppress(BrokenPipeError):
+        worker.stdin.write(json.dumps(job) + "\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+    if not line:
+        with suppress(BrokenPipeError):  # it still holds what could not be written
+            worker.stdin.close()
+        said = errors.read_text(errors="replace").strip().splitlines()[-1:]
+        raise LlmcError(f"the compiler of {job['name']} ended without an answer: {' '.join(said) or 'it said nothing'}")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
 
 
 def _environment(folder: Path) -> dict[str, str]:
