@@ -84,7 +84,7 @@ def semantics(
 def expects_fp8(parameters: Mapping[str, Any], target: GpuVariant | None) -> None:
     """Raise `LlmcError` where states are 8-bit floats and the architecture does not convert those."""
     if parameters["state_dtype"] == FP8 and target is not None and not target.has_fp8:
-        raise LlmcError(f"keys and values in f8e4m3 need sm_89 or newer, and {target.name} is older; i8 works there")
+        raise LlmcError(f"keys and values in f8e4m3 need sm_89 or newer, and {target.name} is older; int8 works there")
 
 
 def arguments(parameters: Mapping[str, Any], *inputs: str) -> tuple[tuple[str, str], ...]:

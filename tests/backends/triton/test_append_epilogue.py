@@ -64,3 +64,33 @@ def test_rotated_and_appended(
         assert np.abs(have - want).max() <= coarsest * np.abs(want).max()
         # What no token's slot is was not written.
         assert np.array_equal(have == 0, want == 0) or result.type.dtype is DType.F8E4M3
+
+
+@pytest.mark.parametrize("state", [BF16, DType.F8E4M3], ids=str)
+def test_a_token_that_is_no_number_stays_none(state: DType) -> None:
+    """Clamped into what 8-bit floats hold, it must not become a number; nor may it spoil its neighbours."""
+    op = BlockAppend("none", 64, False, 2, 1, 64, 0, "half", None, BF16, BF16)
+    b = Emitter()
+    weight = leaf("weight", BF16, (op.rows, 64))
+    (blocks,) = block_weight(b, op, weight, BF16)
+    x, slots = leaf("x", BF16, (symbol("tokens"), 64)), leaf("slots", DType.I32, (symbol("tokens"),))
+    key, value = leaf("key", state, (1, 1, 64, 16)), leaf("value", state, (1, 1, 16, 64))
+    node = b.make(op, (x, blocks, slots, key, value))
+    ones = np.ones((op.rows, 64), np.float32).astype(BF16.numpy)
+    (packed,) = run([blocks], {weight: ones.astype(BF16.oracle)}, {})
+    tokens = np.ones((3, 64), np.float32)
+    tokens[1, 5], tokens[2] = np.nan, 1000  # 64,000 is more than 448
+    operands = {
+        x: tokens.astype(BF16.numpy),
+        slots: np.arange(3, dtype=np.int32),
+        key: np.zeros((1, 1, 64, 16), state.numpy),
+        value: np.zeros((1, 1, 16, 64), state.numpy),
+        blocks: packed.astype(BF16.numpy),
+    }
+    given = run_node(node, step_of(8), operands, {"tokens": 3})
+    query, keys, values = (given[result].astype(np.float64) for result in node.results)
+    most = 448 if state is DType.F8E4M3 else np.float64(np.float32(64000).astype(BF16.numpy))
+    for rows, largest in ((query.reshape(3, -1), 64000), (keys[0, 0].T, most), (values[0, 0], most)):
+        assert np.isnan(rows[1]).all()
+        assert np.array_equal(rows[0], np.full(rows.shape[1], 64.0))
+        assert np.allclose(rows[2], largest, rtol=2**-8)

@@ -119,7 +119,7 @@ static void execute(const Node *node) {
     }
   } else if (node->function != NULL) {
     now += 2000;
-    int code = fake_kernel(node->function->name, &node->entry);
+    int code = (node->function->compiled ? fake_compiled : fake_kernel)(node->function->name, &node->entry);
     if (code) sticky = code;
   } else if (node->entry.bytes != 0) {
     void *destination = (void *)(uintptr_t)node->entry.destination;

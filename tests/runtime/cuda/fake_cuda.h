@@ -56,7 +56,7 @@ typedef struct {
 
 typedef struct {
   char name[64];
-  int parameters;
+  int parameters, compiled; /* compiled: checked and logged, but nothing is computed */
   uint32_t shared;
 } Function;
 
@@ -77,5 +77,6 @@ int fake_capability(int major);
 int fake_launches(const Node *nodes, int first, int last);
 int fake_module(const char *image, Function *function);
 int fake_kernel(const char *name, const Entry *entry);
+int fake_compiled(const char *name, const Entry *entry);
 
 #endif

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from llmc.runtime.load import load_model
 from llmc.runtime.sampler import sampling_row
 from tests.runtime.cuda.fake import FakeCuda
 from tests.runtime.cuda.packages import write_cuda_package
+from tests.runtime.isolated import run_isolated
 from tests.runtime.packages import CONTEXT, VOCAB, reference
 
 
@@ -155,25 +153,6 @@ def test_threads_use_one_model(package: Path, cuda: FakeCuda) -> None:
 
 
 ISOLATED = """
-import json, os, sys, tempfile
-for name in ("llmc", "torch", "triton", "tvm", "tvm_ffi"):
-    sys.modules[name] = None  # importing it is an error
-seen = []
-def watch(event, args):
-    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.system"):
-        seen.append(event)
-    elif event.startswith("socket."):
-        seen.append(event)
-    elif event == "open" and isinstance(args[0], (str, bytes)):
-        mode, flags = args[1], args[2]
-        if any(c in mode for c in "wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            seen.append(f"write {args[0]}")
-    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlopen"):
-        seen.append([event, os.path.basename(str(args[0]))] if event == "ctypes.dlopen" else event)
-sys.path[:0] = json.loads(sys.argv[2])
-import numpy
-sys.addaudithook(watch)
-sys.path.insert(0, sys.argv[1])
 import tiny_gpu_model
 model = tiny_gpu_model.load()
 assert model.verify().ok
@@ -189,19 +168,9 @@ model.close()
 
 def test_a_package_stands_alone(package: Path, fake_driver: FakeCuda) -> None:
     """In an isolated Python with numpy and the driver: nothing of ours, no child process, nothing compiled."""
-    places = [p for p in sys.path if p.endswith("site-packages")]
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-B", "-c", ISOLATED, str(package.parent), json.dumps(places)],
-        cwd=package.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/nonexistent", "LD_LIBRARY_PATH": str(fake_driver.path.parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run_isolated(ISOLATED, package.parent, LD_LIBRARY_PATH=str(fake_driver.path.parent))
     libraries = ["libcuda.so.1", *(["launcher.so"] if launcher_of(package) == "native" else [])]
-    assert [x for x in found["seen"] if x != ["ctypes.dlopen", "None"]] == [["ctypes.dlopen", x] for x in libraries]
+    assert [x for x in found["seen"] if x != "load None"] == [f"load {x}" for x in libraries]
     assert found["launcher"] == launcher_of(package)
     assert found["modules"] == []
     for ids, tokens in zip([[1, 2, 3], [4]], found["tokens"], strict=True):
