@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
@@ -198,7 +198,8 @@ class Op:
     def expects(self, condition: bool, what: str, *given: object) -> None:
         """Raise `TypeMismatch` unless the condition holds."""
         if not condition:
-            attributes = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+            stated = [f for f in fields(self) if f.default is MISSING or f.default != getattr(self, f.name)]  # type: ignore[arg-type]
+            attributes = ", ".join(f"{f.name}={_shown(getattr(self, f.name))}" for f in stated)
             written = f"{self.name}{{{attributes}}}" if attributes else self.name
             raise TypeMismatch(f"{written}: expected {what}; given {', '.join(map(str, given)) or 'something else'}")
 

@@ -32,7 +32,8 @@ def lower_append(b: Emitter, op: RopeAppend | QkvAppend, inputs: tuple[Value, ..
 def lower_attention(b: Emitter, op: PagedAttention, inputs: tuple[Value, ...], longest: int) -> Value | None:
     """`rotated_attention` where the queries come from `lower_append`, else None. Raises `NoKernel` for an attribute
     that no CPU kernel has."""
-    given = {name: getattr(op, name) for name in ("window", "soft_cap", "sinks") if getattr(op, name)}
+    names = ("window", "soft_cap", "alibi", "sinks", "value_dim")
+    given = {name: getattr(op, name) for name in names if getattr(op, name)}
     if given:
         named = ", ".join(f"{name}={value}" for name, value in given.items())
         raise NoKernel(f"no CPU kernel for {op.name} with {named} at {b.loc or 'no place'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,108 +14,158 @@ from llmc.ir.types import DType, TensorType
 
 
 @dataclass(frozen=True)
-class Attention(Op):
-    """Causal softmax attention of one sequence, grouped heads. Operands: q [t, num_heads · head_dim], k and v
-    [t, num_kv_heads · head_dim], positions i32 [t]; result like q. A token sees those at its position or before."""
+class _Scores(Op, abstract=True):
+    """What every attention says of its heads and of the scores between a query and a key.
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-
-    stage = "fused"
-
-    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(self.num_heads % self.num_kv_heads == 0, "num_heads a multiple of num_kv_heads")
-        self.expects(len(types) == 4 and types[0].rank == 2, "q, k, v and positions", *types)
-        tokens = types[0].shape[0]
-        kv = TensorType(types[0].dtype, (tokens, self.num_kv_heads * self.head_dim))
-        self.expects(types[0].shape[1] == self.num_heads * self.head_dim, "q [t, num_heads * head_dim]", *types)
-        self.expects(types[1] == types[2] == kv, f"k and v {kv}", *types)
-        self.expects(types[3] == TensorType(DType.I32, (tokens,)), "positions i32[t]", *types)
-        return types[:1]
-
-    def decompose(self, b: Emitter, *values: Value) -> Value:
-        q, k, v, positions = values
-        tokens, group = q.type.shape[0], self.num_heads // self.num_kv_heads
-
-        def heads(x: Value, count: int) -> Value:
-            split = b.reshape(x, shape=(tokens, count, self.head_dim))
-            result: Value = b.transpose(split, axes=(1, 0, 2))
-            return result
-
-        def shared(x: Value) -> Value:
-            if group == 1:
-                return heads(x, self.num_kv_heads)
-            single = b.reshape(heads(x, self.num_kv_heads), shape=(self.num_kv_heads, 1, tokens, self.head_dim))
-            repeated = b.expand(single, shape=(self.num_kv_heads, group, tokens, self.head_dim))
-            result: Value = b.reshape(repeated, shape=(self.num_heads, tokens, self.head_dim))
-            return result
-
-        scores = b.matmul(heads(q, self.num_heads), b.transpose(shared(k), axes=(0, 2, 1)))
-        row, column = b.reshape(positions, shape=(tokens, 1)), b.reshape(positions, shape=(1, tokens))
-        visible = b.greater_equal(row, column)
-        weights = b.softmax(b.mask(b.mul_scalar(scores, value=self.scale), visible, value=-math.inf))
-        mixed = b.transpose(b.matmul(weights, shared(v)), axes=(1, 0, 2))
-        result: Value = b.reshape(mixed, shape=(tokens, self.num_heads * self.head_dim))
-        return result
-
-
-@dataclass(frozen=True)
-class PagedAttention(Op):
-    """Causal attention of a ragged batch through block tables (Kwon et al., 2023).
-
-    Operands: q [tokens, num_heads · head_dim]; key [blocks, num_kv_heads, head_dim, block_size] and value [blocks,
-    num_kv_heads, block_size, head_dim] (states that already hold the batch's own tokens); positions i32 [tokens];
-    query_start i32 [sequences + 1] (the tokens of sequence s are query_start[s] to query_start[s + 1]);
-    block_tables i32 [sequences, max_blocks]; sinks f32 [num_heads] if `sinks`. Result like q.
-
-    `scaled`: the states are codes, and their scales follow (see `KvAppend`). `window`: a token sees only the last so
-    many positions, itself included; 0 is no limit, and blocks before it may hold anything. `soft_cap`: scores become
-    soft_cap · tanh(score / soft_cap), so that none is larger; 0 leaves them. `sinks`: a logit for each head takes part
-    in the softmax and has no value: weights sum to less than 1.
+    A score is scale · q·k. `window`: a token sees only the last so many positions, itself included; 0 is no limit.
+    `soft_cap`: scores become soft_cap · tanh(score / soft_cap), so that none is larger; 0 leaves them. `alibi`: slope ·
+    (key's position - query's) is added, with a slope for each head (Press et al., 2022). `sinks`: a logit for each
+    head takes part in the softmax and has no value, so that weights sum to less than 1. `value_dim`: the width of a
+    value where it is not a key's.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int = field(default=0, kw_only=True)
+    soft_cap: float = field(default=0.0, kw_only=True)
+    alibi: bool = field(default=False, kw_only=True)
+    sinks: bool = field(default=False, kw_only=True)
+    value_dim: int = field(default=0, kw_only=True)
+
+    @property
+    def value_width(self) -> int:
+        """Elements of a value."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def per_head(self) -> tuple[str, ...]:
+        """The operands that come last: f32 [num_heads] each."""
+        return ("slopes",) * self.alibi + ("sinks",) * self.sinks
+
+    def expects_scores(self, *types: TensorType) -> None:
+        """Raise `TypeMismatch` unless the attributes make sense and the last operands are those they need."""
+        self.expects(self.num_heads % self.num_kv_heads == 0, "num_heads a multiple of num_kv_heads")
+        self.expects(self.window >= 0, "a window of at least 1, or 0 for none", self.window)
+        self.expects(0 <= self.soft_cap < math.inf, "a soft_cap above 0, or 0 for none", self.soft_cap)
+        self.expects(self.value_dim >= 0, "a value_dim of at least 1, or 0 for head_dim", self.value_dim)
+        expected = TensorType(DType.F32, (self.num_heads,))
+        for name, type in zip(self.per_head, types[len(types) - len(self.per_head) :], strict=True):
+            self.expects(type == expected, f"{name} {expected}", type)
+
+
+@dataclass(frozen=True)
+class Attention(_Scores):
+    """Causal softmax attention of one sequence, grouped heads. Operands: q [t, num_heads · head_dim], k [t,
+    num_kv_heads · head_dim], v [t, num_kv_heads · value_width], positions i32 [t], then slopes f32 [num_heads] if
+    `alibi` and sinks f32 [num_heads] if `sinks`; result [t, num_heads · value_width]. A token sees those at its
+    position or before; the other attributes are those of `_Scores`."""
+
+    stage = "fused"
+
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        count = 4 + len(self.per_head)
+        self.expects(
+            len(types) == count and types[0].rank == 2, ", ".join(("q, k, v, positions", *self.per_head)), *types
+        )
+        self.expects_scores(*types)
+        q, k, v, positions = types[:4]
+        tokens = q.shape[0]
+        self.expects(q.shape[1] == self.num_heads * self.head_dim, "q [t, num_heads * head_dim]", *types)
+        for name, given, width in (("k", k, self.head_dim), ("v", v, self.value_width)):
+            expected = TensorType(q.dtype, (tokens, self.num_kv_heads * width))
+            self.expects(given == expected, f"{name} {expected}", *types)
+        self.expects(positions == TensorType(DType.I32, (tokens,)), "positions i32[t]", *types)
+        return (TensorType(q.dtype, (tokens, self.num_heads * self.value_width)),)
+
+    def decompose(self, b: Emitter, *values: Value) -> Value:
+        q, k, v, positions, *rest = values
+        per_head = dict(zip(self.per_head, rest, strict=True))
+        tokens, group = q.type.shape[0], self.num_heads // self.num_kv_heads
+
+        def heads(x: Value, count: int, width: int) -> Value:
+            split = b.reshape(x, shape=(tokens, count, width))
+            result: Value = b.transpose(split, axes=(1, 0, 2))
+            return result
+
+        def shared(x: Value, width: int) -> Value:
+            if group == 1:
+                return heads(x, self.num_kv_heads, width)
+            single = b.reshape(heads(x, self.num_kv_heads, width), shape=(self.num_kv_heads, 1, tokens, width))
+            repeated = b.expand(single, shape=(self.num_kv_heads, group, tokens, width))
+            result: Value = b.reshape(repeated, shape=(self.num_heads, tokens, width))
+            return result
+
+        def of_heads(name: str) -> Value:
+            vector = b.reshape(per_head[name], shape=(self.num_heads, 1, 1))
+            result: Value = vector if vector.type.dtype is q.type.dtype else b.cast(vector, dtype=q.type.dtype)
+            return result
+
+        keys = b.transpose(shared(k, self.head_dim), axes=(0, 2, 1))
+        scores = b.mul_scalar(b.matmul(heads(q, self.num_heads, self.head_dim), keys), value=self.scale)
+        if self.soft_cap:
+            scores = b.mul_scalar(b.tanh(b.mul_scalar(scores, value=1 / self.soft_cap)), value=self.soft_cap)
+        row, column = b.reshape(positions, shape=(tokens, 1)), b.reshape(positions, shape=(1, tokens))
+        if self.alibi:
+            distance = b.cast(b.sub(column, row), dtype=q.type.dtype)
+            scores = b.add(scores, b.mul(of_heads("slopes"), distance))
+        visible = b.greater_equal(row, column)
+        if self.window:
+            near = b.greater_equal(b.add_scalar(column, value=float(self.window - 1)), row)
+            visible = b.logical_and(visible, near)
+        masked = b.mask(scores, visible, value=-math.inf)
+        weights = b.sink_softmax(masked, of_heads("sinks")) if self.sinks else b.softmax(masked)
+        mixed = b.transpose(b.matmul(weights, shared(v, self.value_width)), axes=(1, 0, 2))
+        result: Value = b.reshape(mixed, shape=(tokens, self.num_heads * self.value_width))
+        return result
+
+
+@dataclass(frozen=True)
+class PagedAttention(_Scores):
+    """Causal attention of a ragged batch through block tables (Kwon et al., 2023).
+
+    Operands: q [tokens, num_heads · head_dim]; key [blocks, num_kv_heads, head_dim, block_size] and value [blocks,
+    num_kv_heads, block_size, value_width] (states that already hold the batch's own tokens); positions i32 [tokens];
+    query_start i32 [sequences + 1] (the tokens of sequence s are query_start[s] to query_start[s + 1]);
+    block_tables i32 [sequences, max_blocks]; slopes f32 [num_heads] if `alibi`; sinks f32 [num_heads] if `sinks`.
+    Result [tokens, num_heads · value_width].
+
+    `scaled`: the states are codes, and their scales follow (see `KvAppend`). Blocks before a `window` may hold
+    anything. The other attributes are those of `_Scores`.
+    """
+
     scaled: bool = False
-    window: int = 0
-    soft_cap: float = 0.0
-    sinks: bool = False
 
     stage = "step"
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(self.window >= 0, "a window of at least 1, or 0 for none", self.window)
-        self.expects(0 <= self.soft_cap < math.inf, "a soft_cap above 0, or 0 for none", self.soft_cap)
-        operands = "q, the states, positions, query_start, block_tables" + ", sinks" * self.sinks
-        count = 4 + state_count(self.scaled) + self.sinks
+        operands = ", ".join(("q, the states, positions, query_start, block_tables", *self.per_head))
+        count = 4 + state_count(self.scaled) + len(self.per_head)
         self.expects(len(types) == count and types[0].rank == 2, operands, *types)
-        given, sinks = types[: count - self.sinks], types[count - self.sinks :]
-        expected = TensorType(DType.F32, (self.num_heads,))
-        self.expects(all(t == expected for t in sinks), f"sinks {expected}", *sinks)
-        q, key, value, *scales, positions, query_start, tables = given
+        self.expects_scores(*types)
+        q, key, value, *scales, positions, query_start, tables = types[: count - len(self.per_head)]
         expects_scales(self, self.scaled, key, scales)
         self.expects(q.shape[1] == self.num_heads * self.head_dim, "q [tokens, num_heads * head_dim]", *types)
         self.expects(key.rank == value.rank == 4, "states of rank 4", *types)
         blocks, heads, width, size = key.shape
         self.expects((heads, width) == (self.num_kv_heads, self.head_dim), "key state of these heads", key)
-        self.expects(value.shape == (blocks, heads, size, width), "value state transposed inside a block", value)
+        expected = (blocks, heads, size, self.value_width)
+        self.expects(value.shape == expected, "value state transposed inside a block", value)
         self.expects(positions == TensorType(DType.I32, (q.shape[0],)), "positions i32[tokens]", positions)
         self.expects(query_start.rank == 1, "query_start [sequences + 1]", query_start)
         self.expects(query_start.shape == (tables.shape[0] + 1,), "block_tables [sequences, max_blocks]", tables)
-        return (q,)
+        return (TensorType(q.dtype, (q.shape[0], self.num_heads * self.value_width)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        given = arrays[:-1] if self.sinks else arrays
-        q, *states, positions, query_start, tables = given
+        last = len(arrays) - len(self.per_head)
+        per_head = dict(zip(self.per_head, arrays[last:], strict=True))
+        q, *states, positions, query_start, tables = arrays[:last]
         key, value = with_scales(states)
-        out = np.empty_like(q)
+        out = np.empty((len(q), self.num_heads * self.value_width))
         size, group = key.shape[3], self.num_heads // self.num_kv_heads
-        sinks = arrays[-1] if self.sinks else np.full(self.num_heads, -np.inf)
-        sinks = sinks.reshape(self.num_kv_heads, group, 1)
+        sinks = per_head.get("sinks", np.full(self.num_heads, -np.inf)).reshape(self.num_kv_heads, group, 1)
+        slopes = per_head.get("slopes", np.zeros(self.num_heads)).reshape(self.num_kv_heads, group, 1)
         for sequence in range(len(query_start) - 1):
             for token in range(query_start[sequence], query_start[sequence + 1]):
                 stop = int(positions[token]) + 1
@@ -124,11 +174,12 @@ class PagedAttention(Op):
                 blocks = tables[sequence, first : -(-stop // size)]
                 seen = slice(start - first * size, stop - first * size)
                 keys = key[blocks].transpose(1, 2, 0, 3).reshape(self.num_kv_heads, self.head_dim, -1)[:, :, seen]
-                values = value[blocks].transpose(1, 0, 2, 3).reshape(self.num_kv_heads, -1, self.head_dim)[:, seen]
+                values = value[blocks].transpose(1, 0, 2, 3).reshape(self.num_kv_heads, -1, self.value_width)[:, seen]
                 heads = q[token].reshape(self.num_kv_heads, group, self.head_dim)
                 scores = heads @ keys * self.scale
                 if self.soft_cap:
                     scores = self.soft_cap * np.tanh(scores / self.soft_cap)
+                scores = scores + slopes * np.arange(start - stop + 1, 1)
                 largest = np.maximum(scores.max(-1, keepdims=True), sinks)
                 weights = np.exp(scores - largest)
                 total = weights.sum(-1, keepdims=True) + np.exp(sinks - largest)
@@ -147,16 +198,20 @@ class PagedAttention(Op):
             positions = min(positions, sequences * (self.window - 1) + tokens)
         slots = max(TensorType(DType.I8, states[0].shape[:1]).elements, 1) * size
         read = q.bytes + sum(t.bytes for t in types[1 + len(states) :])
-        return Cost(self.operations(types, (q,)), read + positions * sum(s.bytes for s in states) // slots, q.bytes)
+        (result,) = self.infer(*types)
+        read += positions * sum(s.bytes for s in states) // slots
+        return Cost(self.operations(types, (result,)), read, result.bytes)
 
     def operations(self, operands: Sequence[TensorType], results: Sequence[TensorType]) -> int:
-        """Two products of two operations a position; a soft cap divides, multiplies and takes a tanh of each score."""
+        """Two products of two operations a position; a soft cap divides, multiplies and takes a tanh of each score, a
+        slope is multiplied and added."""
         blocks = operands[3 + state_count(self.scaled)].shape[1]
         assert isinstance(blocks, int)
         context = blocks * self._block_size(operands)
         context = min(context, self.window) if self.window else context
-        caps = 3 * results[0].elements // self.head_dim if self.soft_cap else 0
-        return (4 * results[0].elements + caps) * context
+        heads = operands[0].elements // self.head_dim
+        widths = 2 * (self.head_dim + self.value_width) + 3 * bool(self.soft_cap) + 2 * self.alibi
+        return heads * widths * context
 
     def _block_size(self, types: Sequence[TensorType]) -> int:
         size = types[1].shape[3]

@@ -15,9 +15,10 @@ from llmc.ir.types import DType, TensorType
 class KvAppend(Op):
     """Writes each token's key and value to its slot (block · block_size + offset; a negative slot is padding).
 
-    Operands: k and v [tokens, num_kv_heads · head_dim], slot_mapping i32 [tokens], key and value states (layouts as in
-    `PagedAttention`); results: the new states. Values round to the states' dtype, f8e4m3 saturating (see `DType.store`;
-    float64 states, which only the interpreter has, keep them as they are).
+    Operands: k [tokens, num_kv_heads · head_dim], v [tokens, num_kv_heads · value_width], slot_mapping i32 [tokens],
+    key and value states (layouts and `value_dim` as in `PagedAttention`); results: the new states. Values round to the
+    states' dtype, f8e4m3 saturating (see `DType.store`; float64 states, which only the interpreter has, keep them as
+    they are).
 
     `scaled`: the states are i8 codes, and those of their scales follow, f32 [blocks, num_kv_heads, block_size] each. A
     head's key, or value, has one scale (see `quantize_rows`).
@@ -26,6 +27,7 @@ class KvAppend(Op):
     num_kv_heads: int
     head_dim: int
     scaled: bool = False
+    value_dim: int = 0
 
     stage = "step"
 
@@ -39,20 +41,26 @@ class KvAppend(Op):
         """See `Op`."""
         return {3 + i: i for i in range(self.result_count)}
 
+    @property
+    def value_width(self) -> int:
+        """Elements of a value."""
+        return self.value_dim or self.head_dim
+
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
         self.expects(
             len(types) == 3 + self.result_count and types[0].rank == 2, "k, v, slot_mapping and the states", *types
         )
         k, v, slots, key, value, *scales = types
-        width = self.num_kv_heads * self.head_dim
-        self.expects(k == v and k.shape[1] == width, f"k and v [tokens, {width}]", k, v)
+        wide, narrow = self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_width
+        self.expects(k.shape[1:] == (wide,), f"k [tokens, {wide}]", k)
+        self.expects(v == TensorType(k.dtype, (k.shape[0], narrow)), f"v [tokens, {narrow}] like k", v)
         self.expects(slots == TensorType(DType.I32, k.shape[:1]), "slot_mapping i32[tokens]", slots)
         self.expects(key.rank == value.rank == 4, "states of rank 4", key, value)
         self.expects(key.dtype == value.dtype, "states of one dtype", key, value)
         expects_scales(self, self.scaled, key, scales)
         self.expects(key.shape[1:3] == (self.num_kv_heads, self.head_dim), "key state of these heads", key)
         self.expects(
-            value.shape == (key.shape[0], key.shape[1], key.shape[3], key.shape[2]), "value state like key", value
+            value.shape == (key.shape[0], key.shape[1], key.shape[3], self.value_width), "value state like key", value
         )
         return key, value, *scales
 
@@ -68,9 +76,7 @@ class KvAppend(Op):
             if slot < 0:
                 continue
             block, offset = divmod(int(slot), size)
-            heads: Sequence[Array] = [
-                x[token].reshape(self.num_kv_heads, self.head_dim).astype(rounded) for x in (k, v)
-            ]
+            heads: Sequence[Array] = [x[token].reshape(self.num_kv_heads, -1).astype(rounded) for x in (k, v)]
             if self.scaled:
                 heads, scales = zip(*(quantize_rows(x) for x in heads), strict=True)
                 states[2][block, :, offset], states[3][block, :, offset] = scales
@@ -79,7 +85,7 @@ class KvAppend(Op):
 
     def cost(self, *types: TensorType) -> Cost:
         k, v, slots, key, _, *scales = types
-        written = 2 * k.elements * key.dtype.itemsize + scale_bytes(k.elements // self.head_dim, scales)
+        written = (k.elements + v.elements) * key.dtype.itemsize + scale_bytes(k.elements // self.head_dim, scales)
         return Cost(0, k.bytes + v.bytes + slots.bytes, written)
 
 

@@ -77,12 +77,17 @@ class Div(Binary):
 
 @dataclass(frozen=True)
 class AddScalar(Unary):
-    """x + value."""
+    """x + value; of integers, a whole number."""
 
     value: float
 
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        (result,) = super().infer(*types)
+        self.expects(result.dtype.is_float or self.value == int(self.value), "a whole number for integers", result)
+        return (result,)
+
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (arrays[0] + self.value,)
+        return ((arrays[0] + self.value).astype(arrays[0].dtype, copy=False),)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from llmc.ir.ops.elementwise import (
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
-from llmc.ir.ops.reduce import Argmax, Mean, Softmax, Sum
+from llmc.ir.ops.reduce import Argmax, Mean, SinkSoftmax, Softmax, Sum
 from llmc.ir.ops.rope import DynamicFrequencies, Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
 from llmc.ir.types import DType, TensorType
@@ -69,14 +69,21 @@ def rotate(x: Array, cos: Array, sin: Array, heads: int, layout: str) -> Array:
     return y.reshape(len(x), -1)
 
 
-def attend(q: Array, k: Array, v: Array, positions: Array) -> Array:
-    """4 heads of width 3 over 2 key heads, token by token."""
-    out = np.zeros_like(q)
+def attend(
+    q: Array, k: Array, v: Array, positions: Array, *per_head: Array, window: int = 99, cap: float = 0.0, width: int = 3
+) -> Array:
+    """4 heads of width 3 over 2 key heads with values of a width, token by token; `per_head`: slopes, then sinks."""
+    out = np.zeros((len(q), 4 * width))
+    slopes, sinks = per_head or (np.zeros(4), np.full(4, -np.inf))
     for t, head in np.ndindex(len(q), 4):
         mine, theirs = slice(3 * head, 3 * head + 3), slice(3 * (head // 2), 3 * (head // 2) + 3)
-        seen = positions <= positions[t]
-        weights = np.exp(k[seen][:, theirs] @ q[t, mine] * 0.5)
-        out[t, mine] = weights @ v[seen][:, theirs] / weights.sum()
+        away = positions[t] - positions
+        seen = (away >= 0) & (away < window)
+        scores = k[seen][:, theirs] @ q[t, mine] * 0.5
+        scores = cap * np.tanh(scores / cap) if cap else scores
+        weights = np.exp(scores - slopes[head] * away[seen])
+        values = v[seen][:, width * (head // 2) :][:, :width]
+        out[t, width * head : width * head + width] = weights @ values / (weights.sum() + np.exp(sinks[head]))
     return out
 
 
@@ -126,18 +133,21 @@ def paged(
     *,
     window: int = 99,
     cap: float = 0.0,
+    slopes: tuple[float, float] = (0.0, 0.0),
 ) -> Array:
     """Two sequences, 3 and 2 tokens, 2 heads of width 2 over one key head."""
-    out = np.zeros_like(q)
+    width = value.shape[-1]
+    out = np.zeros((len(q), 2 * width))
     for t in range(len(q)):
         blocks = tables[int(t >= starts[1])]
         keys = np.concatenate([key[b, 0].T for b in blocks])[: positions[t] + 1]
         values = np.concatenate([value[b, 0] for b in blocks])[: positions[t] + 1]
         for head in range(2):
             scores = (keys @ q[t, 2 * head : 2 * head + 2] * 0.5)[-window:]
-            weights = np.exp(cap * np.tanh(scores / cap) if cap else scores)
+            scores = cap * np.tanh(scores / cap) if cap else scores
+            weights = np.exp(scores - slopes[head] * np.arange(len(scores))[::-1])
             total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
-            out[t, 2 * head : 2 * head + 2] = weights @ values[-window:] / total
+            out[t, width * head : width * head + width] = weights @ values[-window:] / total
     return out
 
 
@@ -207,6 +217,12 @@ EXAMPLES = [
     Example(AddLayerNorm(0.1), (f(T, 4), f(T, 4), f(4), f(4)), lambda x, r, w, b: (x + r, layer_norm(x + r, w, b))),
     Example(Mean(), (f(T, 4),), lambda x: x.mean(-1, keepdims=True)),
     Example(Sum(), (f(T, 4),), lambda x: x.sum(-1, keepdims=True)),
+    Example(
+        SinkSoftmax(),
+        (f(2, T, 4), f(2, 1, 1)),
+        lambda x, sink: np.exp(x) / (np.exp(x).sum(-1, keepdims=True) + np.exp(sink)),
+    ),
+    Example(AddScalar(2.0), (i(T),), lambda x: x + 2),
     Example(Softmax(), (f(T, 4),), lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)),
     Example(
         Softmax(),
@@ -228,6 +244,12 @@ EXAMPLES = [
     Example(Rope(1, 6, 4, "interleaved"), (f(T, 6), f(T, 2), f(T, 2)), lambda x, c, s: rotate(x, c, s, 1, "inter")),
     Example(Attention(4, 2, 3, 0.5), (f(T, 12), f(T, 6), f(T, 6), i(T)), attend, POSITIONS),
     Example(
+        Attention(4, 2, 3, 0.5, window=2, soft_cap=0.75, alibi=True, sinks=True, value_dim=2),
+        (f(T, 12), f(T, 6), f(T, 4), i(T), f(4), f(4)),
+        partial(attend, window=2, cap=0.75, width=2),
+        POSITIONS,
+    ),
+    Example(
         PagedAttention(2, 1, 2, 0.5),
         (f(5, 4), *PAGED, i(5), i(3), i(2, 2)),
         paged,
@@ -238,6 +260,18 @@ EXAMPLES = [
         (f(5, 4), *PAGED, i(5), i(3), i(2, 2), f(2)),
         partial(paged, window=3, cap=0.75),
         {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES},
+    ),
+    Example(
+        PagedAttention(2, 1, 2, 0.5, alibi=True, value_dim=3),
+        (f(5, 4), f(3, 1, 2, 4), f(3, 1, 4, 3), i(5), i(3), i(2, 2), f(2)),
+        lambda *given: paged(*given[:-1], slopes=(0.5, 0.25)),
+        {3: np.array([3, 4, 5, 0, 1]), 4: np.array([0, 3, 5]), 5: TABLES, 6: np.array([0.5, 0.25])},
+    ),
+    Example(
+        KvAppend(1, 2, value_dim=3),
+        (f(T, 2), f(T, 3), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        append,
+        {2: SLOTS},
     ),
     Example(KvAppend(1, 2), (f(T, 2), f(T, 2), i(T), *STATES), append, {2: SLOTS}),
     Example(KvAppend(1, 2, scaled=True), (f(T, 2), f(T, 2), i(T), *CODED_STATES), append_codes, {2: SLOTS}),

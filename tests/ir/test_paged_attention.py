@@ -49,7 +49,7 @@ def test_against_dense_masks(
     """Ragged batches in shuffled blocks; blocks that no token sees are not owned by anyone: their entries in the table
     name a block of NaN, and what a seen block holds beyond the context is NaN too."""
     rng = np.random.default_rng(seed)
-    op = PagedAttention(HEADS, KV_HEADS, WIDTH, 0.7, scaled, window, soft_cap, sinks)
+    op = PagedAttention(HEADS, KV_HEADS, WIDTH, 0.7, scaled, window=window, soft_cap=soft_cap, sinks=sinks)
     logits = rng.standard_normal(HEADS) * 3
     blocks = [-(-total // SIZE) for total, _ in lengths]
     free = list(rng.permutation(sum(blocks)))
