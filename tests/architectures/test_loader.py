@@ -96,7 +96,7 @@ def test_descriptions_are_short_and_complete() -> None:
         ('num_heads = "heads"', 'num_heads = { key = "h", otherwise = "num_heads" }', "defines 'num_heads' by itself"),
         ('num_heads = "heads"', 'num_heads = { key = "h", default = { a = 3 } }', "'default' must be a number"),
         ("hidden_size / num_heads", "hidden_size / heads", "names no value 'heads'; did you mean 'num_heads'"),
-        (
+        ("hidden_size / num_heads", "hidden_size @ 2", r"may use names, numbers, .* `a if condition else b` and parenth"),
             "hidden_size / num_heads",
             "hidden_size @ 2",
             r"may use names, numbers, .* `a if condition else b` and parentheses only",
