@@ -63,7 +63,9 @@ FAMILIES = {
     "phi3, long rope beyond": Family("phi3", {**LONG_ROPE, "original_max_position_embeddings": 24}),
     "phi": Family("phi", {**NAMES, "num_key_value_heads": 6, **rope(partial_rotary_factor=0.4)}),
     "gpt_neox": Family("gpt_neox", {**ALIKE, **rope(partial_rotary_factor=0.4)}),
-    "gpt_neox, sequential": Family("gpt_neox", {**ALIKE, "use_parallel_residual": False, **rope(partial_rotary_factor=1.0)}),
+    "gpt_neox, sequential": Family(
+        "gpt_neox", {**ALIKE, "use_parallel_residual": False, **rope(partial_rotary_factor=1.0)}
+    ),
     "gptj": Family("gptj", {**OLDER, "rotary_dim": 6}),
     "opt": Family("opt", {**PLAIN, "ffn_dim": 92, "word_embed_proj_dim": 60, "init_std": 0.5}),
     "opt, norms on the sum": Family(
