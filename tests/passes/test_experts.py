@@ -12,11 +12,13 @@ from llmc.ir.graph import Graph
 from llmc.ir.op import Value
 from llmc.ir.ops.experts import Experts
 from llmc.ir.ops.routing import Routing
+from llmc.ir.text import parse
 from llmc.ir.types import DType
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck
-from llmc.passes.pipelines import COMMON, read_pipeline
-from tests.passes.experts import CLAMPED, GROUPED, PLAIN, SILU, fused, mixture_graph
+from llmc.passes.pipelines import COMMON, model_pipeline, read_pipeline
+from llmc.passes.quantize import INT8, KEPT, Quantize
+from tests.passes.experts import CLAMPED, GROUPED, PLAIN, SILU, fused, mixture, mixture_graph
 from tests.passes.graphs import F32, Model, counts
 
 FUSE = "raise-linear,fuse-mlp,fuse-experts,canonicalize"
@@ -245,3 +247,39 @@ def test_near_misses_of_experts(changes: dict[str, bool], reason: str) -> None:
     after = read_pipeline("fuse-mlp,fuse-experts").run(handmade(**changes), context)  # type: ignore[arg-type]
     assert counts(after)["experts"] == 0
     assert any(reason in str(r) for r in context.refusals["experts"]), context.refusals["experts"]
+
+
+@pytest.mark.parametrize("activations", [INT8, KEPT])
+@pytest.mark.parametrize("routing", [PLAIN, GROUPED], ids=str)
+def test_quantized_experts_compute_with_codes(activations: str, routing: Routing) -> None:
+    """Widths of which the last group is not full; the router's linear stays."""
+    graph = mixture_graph(routing, CLAMPED, DType.BF16, hidden=40, inner=33)
+    after = model_pipeline(Quantize("q8", activations=activations)).run(graph, observer=NumericsCheck())
+    name = "quantized_experts" if activations == INT8 else "experts"
+    assert counts(after) == {"linear": 1, "routing": 1, name: 1}
+    packed = [n.op.name for n in after.nodes if n in after.parameter_only]
+    assert packed.count("quantize_weight") == 2
+    assert parse(str(after)) == after
+
+
+def test_experts_whose_weights_are_no_parameters_are_kept() -> None:
+    b = Model()
+    x, weights = b.input("x", F32, (b.tokens, 4)), b.input("weights", F32, (b.tokens, 3))
+    down = b.param("down", F32, (3, 4, 5))
+    y = b.experts(x, weights, b.input("gate_up", F32, (3, 10, 4)), down, activation="silu")
+    after = read_pipeline("quantize{format=q4}").run(b.graph({"out": y}), PassContext())
+    assert counts(after) == {"experts": 1}
+
+
+def test_a_router_is_not_packed_with_another_linear() -> None:
+    b = Model()
+    x = b.input("x", F32, (b.tokens, 4))
+    with b.at("mlp"):
+        y = mixture(b, x)
+    graph = b.graph({"out": y, "gate": b.project("gate", x, 1)})
+    context = PassContext()
+    after = COMMON.run(graph, context)
+    assert counts(after)["linear"] == 2
+    reasons = " ".join(map(str, context.refusals["pack-linears"]))
+    assert "a routing reads the linear" in reasons
+    assert "another linear reads its input, but a routing reads that" in reasons
