@@ -78,7 +78,7 @@ def _packable(node: Node) -> bool:
 
 
 def _routes(node: Node, graph: Graph) -> bool:
-    return any(isinstance(reader.op, Routing) for reader, _ in graph.uses[node.results[0]])
+    return any(isinstance(reader.op, Routing) for reader, _ in graph.uses.get(node.results[0], ()))
 
 
 def _kind(node: Node) -> tuple[str, ...]:
