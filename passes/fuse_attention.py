@@ -15,7 +15,7 @@ from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
 from llmc.ir.types import Dim, DType, TensorType
 from llmc.passes.base import Pass, PassContext
-from llmc.passes.views import reshaped, through_reshapes, through_transposes
+from llmc.passes.views import Refused, reshaped, through_reshapes, through_transposes
 
 _HIDDEN = -1e30
 """Scores at or below this weigh exactly nothing after a softmax in any of our dtypes."""
@@ -30,14 +30,6 @@ class FuseAttention(Pass):
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         return context.rewrite(graph, AttentionRule())
-
-
-class Refused(Exception):
-    """Why a subgraph is no attention; the NoMatch is the argument."""
-
-    def __init__(self, reason: str, node: Node, depth: int) -> None:
-        super().__init__(reason)
-        self.refusal = NoMatch(reason, node, depth)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,33 @@
 """The ops, by subject. Importing this package registers all of them."""
 
-from llmc.ir.ops import attention, cache, elementwise, embedding, linear, norm, quantized, reduce, rope, shape
+from llmc.ir.ops import (
+    attention,
+    cache,
+    elementwise,
+    embedding,
+    experts,
+    linear,
+    norm,
+    quantized,
+    quantized_experts,
+    reduce,
+    rope,
+    routing,
+    shape,
+)
 
-__all__ = ["attention", "cache", "elementwise", "embedding", "linear", "norm", "quantized", "reduce", "rope", "shape"]
+__all__ = [
+    "attention",
+    "cache",
+    "elementwise",
+    "embedding",
+    "experts",
+    "linear",
+    "norm",
+    "quantized",
+    "quantized_experts",
+    "reduce",
+    "rope",
+    "routing",
+    "shape",
+]
