@@ -179,7 +179,7 @@ def _fill(kind: type, table: object, settings: Settings, where: str) -> Any:
         if hint is RopeParameters:
             limit = convert(settings.get("max_positions"), int, _key(settings, "max_positions"))
             values[field.name] = read_rope(settings, common().rope_types, limit)
-        elif is_dataclass(hint) or issubclass(hint, Block):
+        elif is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Block)):
             if field.name not in table:
                 raise DescriptionError(f"{where}: the table {field.name!r} is missing")
             values[field.name] = _fill(hint, table[field.name], settings, place)
@@ -188,15 +188,22 @@ def _fill(kind: type, table: object, settings: Settings, where: str) -> Any:
             if isinstance(given, str) and hint is not str:
                 place = _key(settings, given) if given in settings else place
                 given = settings.evaluate(given, place)
-            values[field.name] = convert(given, hint, place)
+            values[field.name] = _converted(given, hint, place)
         elif field.name in settings:
-            values[field.name] = convert(settings.get(field.name), hint, _key(settings, field.name))
+            values[field.name] = _converted(settings.get(field.name), hint, _key(settings, field.name))
         elif field.default is MISSING:
             raise DescriptionError(f"{where}: the field {field.name!r} is missing, and [config] does not name it")
     try:
         return kind(**values)
     except ConfigurationError as error:
         raise ConfigurationError(f"{settings.source}: {error}") from error
+
+
+def _converted(value: Any, hint: Any, place: str) -> Any:
+    """The value as a field's type has it; a size that may be absent (`int | None`) is so where it is 0."""
+    if hint == int | None:
+        return None if value == 0 and value is not False else convert(value, int, place)
+    return convert(value, hint, place)
 
 
 def _key(settings: Settings, name: str) -> str:

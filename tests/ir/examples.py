@@ -38,6 +38,7 @@ from llmc.ir.ops.elementwise import (
     Tanh,
 )
 from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
 from llmc.ir.ops.reduce import Argmax, Mean, SinkSoftmax, Softmax, Sum
@@ -205,6 +206,11 @@ EXAMPLES = [
     ),
     Example(Linear(residual=True), (f(T, 3), f(4, 3), f(T, 4)), lambda x, w, r: r + x @ w.T),
     Example(GatedLinear("silu"), (f(T, 3), f(8, 3)), lambda x, w: silu(x @ w[:4].T) * (x @ w[4:].T)),
+    Example(
+        GroupedLinear(2),
+        (f(T, 6), f(2, 4, 3)),
+        lambda x, w: np.einsum("tgk,gnk->tgn", x.reshape(SIZE, 2, 3), w).reshape(SIZE, 8),
+    ),
     Example(
         GatedLinear("silu", True),
         (f(T, 3), f(4, 3), f(4)),
