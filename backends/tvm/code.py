@@ -39,6 +39,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "add_layer_norm": norm.add_layer_norm,
     "linear": linear.linear,
     "gated_linear": linear.gated_linear,
+    "grouped_linear": linear.grouped_linear,
     "rotary_table": rotary.rotary_table,
     "dynamic_rotary_table": rotary.dynamic_rotary_table,
     "append": cache.append,

@@ -22,15 +22,15 @@ class GroupedLinear(Op):
         x, weight = types
         groups, n, k = weight.shape
         self.expects(groups == self.groups, f"weight [{self.groups}, n, k]", *types)
-        self.expects(x.shape[1] == self.groups * k, "x [t, groups * k]", *types)
-        return (TensorType(x.dtype, (x.shape[0], self.groups * n)),)
+        self.expects(x.shape[1] == k * self.groups, "x [t, groups * k]", *types)
+        return (TensorType(x.dtype, (x.shape[0], n * self.groups)),)
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
         x, weight = values
-        tokens, (groups, n, k) = x.type.shape[0], weight.type.shape
+        tokens, (_, n, k) = x.type.shape[0], weight.type.shape
         if weight.type.dtype is not x.type.dtype:
             weight = b.cast(weight, dtype=x.type.dtype)
-        parts = b.transpose(b.reshape(x, shape=(tokens, groups, k)), axes=(1, 0, 2))
+        parts = b.transpose(b.reshape(x, shape=(tokens, self.groups, k)), axes=(1, 0, 2))
         products = b.matmul(parts, b.transpose(weight, axes=(0, 2, 1)))
-        result: Value = b.reshape(b.transpose(products, axes=(1, 0, 2)), shape=(tokens, groups * n))
+        result: Value = b.reshape(b.transpose(products, axes=(1, 0, 2)), shape=(tokens, n * self.groups))
         return result

@@ -179,7 +179,7 @@ def _fill(kind: type, table: object, settings: Settings, where: str) -> Any:
         if hint is RopeParameters:
             limit = convert(settings.get("max_positions"), int, _key(settings, "max_positions"))
             values[field.name] = read_rope(settings, common().rope_types, limit)
-        elif is_dataclass(hint) or (isinstance(hint, type) and issubclass(hint, Block)):
+        elif isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, Block)):
             if field.name not in table:
                 raise DescriptionError(f"{where}: the table {field.name!r} is missing")
             values[field.name] = _fill(hint, table[field.name], settings, place)
