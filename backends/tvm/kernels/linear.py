@@ -3,9 +3,6 @@
 Every output is one chain of fused multiply-adds over k in order, whatever the rows, the tiles and the tasks are: so its
 bits depend on its row of x and its row of w alone. Registers hold a tile of rows × one panel; one or two rows take
 several panels at once instead, which gives the fused multiply-add units enough independent chains.
-
-In a grouped product every group of x's columns has panels of its own: it is the same, but for where a panel's row of x
-and its results lie.
 """
 
 from __future__ import annotations
@@ -57,14 +54,6 @@ def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
     return _maker(isa, weight_dtype)(symbol, isa, rows_dim, n, k, HALF, result, False, False)
 
 
-def grouped_linear(symbol, isa, *, rows_dim, groups, n, k, weight_dtype):
-    """x f32 [rows, groups · k], w packed [groups, ceil(n / 16), k, 16] (`packing.pack` of each group),
-    y f32 [rows, groups · n]."""
-
-    result = linear_result(n, False, "none", False)
-    return _matmul(weight_dtype, symbol, isa, rows_dim, n, k, PANEL, result, False, False, groups)
-
-
 def _maker(isa, weight_dtype):
     """How an instruction set multiplies weights of a dtype: a function of the parameters that follow it in `_matmul`.
 
@@ -72,35 +61,19 @@ def _maker(isa, weight_dtype):
     return pair_matmul if weight_dtype == "bf16" and isa.bf16_dot else partial(_matmul, weight_dtype)
 
 
-def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual, groups=1):
+def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual):
     """`columns`: outputs of one panel; `result` as `kernels.outputs` gives it."""
     L, V = isa.lanes, isa.vectors
-    of_group = -(-n // columns)
-    panels = groups * of_group
+    panels = -(-n // columns)
     row_tile = isa.row_tile
     # Sums that hide a fused multiply-add's latency: a tile of fewer takes several panels. {rows: panels}
-    several = {r: min(STREAMS, CHAINS // (r * V)) for r in range(1, row_tile + 1) if CHAINS // (r * V) > 1}
-    few = max(several, default=0)
+    groups = {r: min(STREAMS, CHAINS // (r * V)) for r in range(1, row_tile + 1) if CHAINS // (r * V) > 1}
+    few = max(groups, default=0)
     storage = STORAGE[weight_dtype]
-
-    def group(panel):
-        return T.truncdiv(panel, of_group) if groups > 1 else 0
-
-    def inner(panel):
-        """Which panel of its group a panel is."""
-        return T.truncmod(panel, of_group) if groups > 1 else panel
-
-    @T.inline
-    def store(S, base, row, panel, B, R, Y):
-        place: T.let = (row * groups + group(panel)) * n + inner(panel) * columns
-        store_panel(result, S, base, row, inner(panel), B, R, Y, place, n, columns, L)
 
     @T.inline
     def sums(X, W, S, row, panel, R, P):
         """S[R, P, 16] = rows row..row+R of x times the rows of w in panels panel..panel+P."""
-        # Panels of one group share an element of x; else each has its own.
-        shares = T.meta_var(1 if groups == 1 else P)
-        each = T.meta_var(P * V // shares)
         acc = T.alloc_buffer((R * P * PANEL,), "float32", scope="local")
         row_of_w = T.alloc_buffer((P * PANEL,), "float32", scope="local")
         for i in T.unroll(R * P * V):
@@ -117,12 +90,11 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
                     load(W, T.Cast("int64", panel + i // V) * T.int64(k * PANEL) + column, L), weight_dtype, L
                 )
             for r in T.unroll(R):
-                for s in T.unroll(shares):
-                    value: T.let = splat(X[((row + r) * groups + group(panel + s)) * k + kk], L)
-                    for i in T.unroll(each):
-                        acc[at((r * P * V + s * each + i) * L, L)] = fma(
-                            value, load(row_of_w, (s * each + i) * L, L), acc[at((r * P * V + s * each + i) * L, L)]
-                        )
+                value: T.let = splat(X[(row + r) * k + kk], L)
+                for i in T.unroll(P * V):
+                    acc[at((r * P * V + i) * L, L)] = fma(
+                        value, load(row_of_w, i * L, L), acc[at((r * P * V + i) * L, L)]
+                    )
         for i in T.unroll(R * P * V):
             S[at(i * L, L)] = acc[at(i * L, L)]
 
@@ -158,10 +130,13 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
         wide: T.let = T.min(STREAMS, T.truncdiv(CHAINS // V, T.max(rows, 1)))
         grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, T.max(wide, 1)), 0)
         for g in T.serial(grouped):
-            sums_of(several, rows, X, W, S, 0, begin + g * wide)
+            sums_of(groups, rows, X, W, S, 0, begin + g * wide)
             for i in T.serial(rows):
                 for p in T.serial(wide):
-                    store(S, (i * wide + p) * PANEL, i, begin + g * wide + p, B, R, Y)
+                    panel: T.let = begin + g * wide + p
+                    store_panel(
+                        result, S, (i * wide + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
+                    )
         for u in T.serial(count - grouped * wide):
             unit: T.let = begin + grouped * wide + u
             panel: T.let = T.truncdiv(unit, chunks)
@@ -175,6 +150,8 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
                 here: T.let = top + share(t + 1, tiles, height) - row
                 sums_of(dict.fromkeys(range(1, row_tile + 1), 1), here, X, W, S, row, panel)
                 for i in T.serial(here):
-                    store(S, i * PANEL, row + i, panel, B, R, Y)
+                    store_panel(
+                        result, S, i * PANEL, row + i, panel, B, R, Y, (row + i) * n + panel * columns, n, columns, L
+                    )
 
     return specialised(kernel, symbol, {"b": bias, "r": residual})

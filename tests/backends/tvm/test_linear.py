@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmc.backends.tvm.kernels.linear import gated_linear, grouped_linear, linear
+from llmc.backends.tvm.kernels.linear import gated_linear, linear
 from llmc.backends.tvm.packing import pack, pack_gated, unpack, unpack_gated
 from tests.backends.tvm.machine import DTYPES, V3, Array, Guarded, Kernel, f32, f64, needs_v3, same_bits, stored
 from tests.tolerance import assert_as_good_as
@@ -173,34 +173,3 @@ def test_packing_round_trips(n: int, k: int, dtype: str) -> None:
     assert (both[0, :, 0] == gate[0]).all() and (both[0, :, 8] == up[0]).all()
     back = unpack_gated(both, n)
     assert same_bits(back[0], gate) and same_bits(back[1], up)
-
-
-@settings(max_examples=12)
-@given(
-    groups=st.integers(1, 7),
-    n=st.integers(1, 50),
-    k=st.integers(1, 100),
-    rows=st.sampled_from([1, 2, 3, 5, 17, 64]),
-    dtype=st.sampled_from(sorted(DTYPES)),
-    tasks=st.sampled_from([1, 2, 3, 5]),
-    seed=st.integers(0, 1000),
-)
-@example(groups=16, n=512, k=128, rows=1, dtype="bf16", tasks=2, seed=0)
-@example(groups=16, n=128, k=512, rows=3, dtype="f16", tasks=2, seed=1)
-def test_grouped_linear(groups: int, n: int, k: int, rows: int, dtype: str, tasks: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    many = max(rows, rows_to_judge(groups * n))
-    x = rng.standard_normal((many, groups, k)).astype(np.float32)
-    w = stored(rng.standard_normal((groups, n, k)) / math.sqrt(k), dtype)
-    packed = np.stack([pack(group) for group in w])
-    kernel = Kernel(grouped_linear, V3, rows_dim=0, groups=groups, n=n, k=k, weight_dtype=dtype)
-
-    def product(part: Array, tasks: int) -> Array:
-        return run(kernel, [part.reshape(len(part), -1), packed], len(part), groups * n, 0, tasks)
-
-    y = product(x, tasks)
-    truth = np.einsum("tgk,gnk->tgn", f64(x), f64(w)).reshape(many, -1)
-    naive = np.hstack([chained(x[:, g], f32(w[g]), None, "none", None) for g in range(groups)])
-    assert_as_good_as(y, naive, truth)
-    assert same_bits(product(x[:rows], tasks), y[:rows])
-    assert same_bits(product(x[-1:], 1)[0], y[-1])
