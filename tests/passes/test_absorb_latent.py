@@ -159,3 +159,12 @@ def test_the_weight_is_cut_when_it_is_packed() -> None:
     scores[:, np.triu(np.ones((9, 9), bool), 1)] = -np.inf
     mixed = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     assert np.allclose(out, np.einsum("hts,shd->thd", mixed, heads[..., 4:]).reshape(9, 12), rtol=1e-9)
+
+
+def test_absorbed_weights_keep_their_dtype() -> None:
+    b = Model()
+    out = b.linear(latent_attention(b, weights=DType.BF16), b.param("output.weight", DType.BF16, (8, 12)))
+    graph = read_pipeline("absorb-latent,canonicalize,quantize{format=q4}").run(b.graph({"out": out}))
+    assert counts(graph)["quantized_linear"] == 1 and counts(graph)["grouped_linear"] == 2
+    weights = [n.inputs[1].type.dtype for n in graph.nodes if n.op.name == "grouped_linear"]
+    assert weights == [DType.BF16, DType.BF16]
