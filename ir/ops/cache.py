@@ -217,9 +217,7 @@ def _split(b: Emitter, qkv: Value, op: QkvAppend | RopeAppend) -> tuple[Value, V
     return q, k, v
 
 
-def _append_cost(
-    op: QkvAppend | RopeAppend, qkv: TensorType, slots: TensorType, states: Sequence[TensorType]
-) -> Cost:
+def _append_cost(op: QkvAppend | RopeAppend, qkv: TensorType, slots: TensorType, states: Sequence[TensorType]) -> Cost:
     """A step touches only the slots of its tokens, not the whole state."""
     queries, _, end = joint_edges(op.num_heads, op.num_kv_heads, op.head_dim, op.value_dim)
     tokens = _tokens(qkv)
