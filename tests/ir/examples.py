@@ -300,6 +300,21 @@ EXAMPLES = [
         {1: SLOTS},
     ),
     Example(
+        QkvAppend(2, 1, 2, value_dim=3),
+        (f(T, 9), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        lambda x, slots, key, value: (x[:, :4], *append(x[:, 4:6], x[:, 6:], slots, key, value)),
+        {1: SLOTS},
+    ),
+    Example(
+        RopeAppend(2, 1, 2, 2, value_dim=3),
+        (f(T, 9), f(T, 1), f(T, 1), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        lambda x, c, s, slots, key, value: (
+            rotate(x[:, :4], c, s, 2, "half"),
+            *append(rotate(x[:, 4:6], c, s, 1, "half"), x[:, 6:], slots, key, value),
+        ),
+        {3: SLOTS},
+    ),
+    Example(
         RopeAppend(2, 1, 2, 2),
         (f(T, 8), f(T, 1), f(T, 1), i(T), *STATES),
         lambda x, c, s, slots, key, value: (
