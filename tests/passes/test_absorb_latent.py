@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llmc.importers.hf import import_model
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Value
@@ -15,8 +17,10 @@ from llmc.ir.ops.attention import Attention
 from llmc.ir.types import DType
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck, Verifier, together
-from llmc.passes.pipelines import read_pipeline
+from llmc.passes.pipelines import entry_pipeline, read_pipeline, step_pipeline
+from tests.latent_models import CASES, SIZES, write_description
 from tests.passes.graphs import F32, Model, counts, latent_attention
+from tests.tiny_models import make_model, save
 
 
 def absorbed(graph: Graph) -> tuple[Graph, PassContext]:
@@ -168,3 +172,23 @@ def test_absorbed_weights_keep_their_dtype() -> None:
     assert counts(graph)["quantized_linear"] == 1 and counts(graph)["grouped_linear"] == 2
     weights = [n.inputs[1].type.dtype for n in graph.nodes if n.op.name == "grouped_linear"]
     assert weights == [DType.BF16, DType.BF16]
+
+
+@pytest.mark.parametrize("case", ["two latents", "one latent, yarn", "complex rotation", "halves"])
+def test_whole_models(case: str, tmp_path: Path) -> None:
+    """From primitive ops to a step: every pass leaves the numbers as they are, and a token's state is narrow."""
+    model_type, changes = CASES[case]
+    theirs = make_model(model_type, **{**SIZES, **changes})
+    ours = import_model(save(theirs, tmp_path), architecture=write_description(tmp_path))
+    context = PassContext()
+    observer = together(Verifier(), NumericsCheck(ours.weights.load))
+    step = step_pipeline(F32).run(ours.graph, context, observer)
+    fired = {name: context.counts[name] for name in ("attention", "absorb-latent")}
+    assert fired == {"attention": 2, "absorb-latent": 2}
+    assert sum(n for name, n in context.counts.items() if name.startswith("rope")) == 4
+    assert counts(step)["grouped_linear"] == 4 and counts(step)["paged_attention"] == 2
+    rank = theirs.config.kv_lora_rank
+    shapes = [v.type.shape[1:] for v in step.states[:2]]
+    assert shapes == [(1, rank + 6, 16), (1, 16, rank)]
+    for entry in ("decode", "prefill"):
+        entry_pipeline(entry).run(step, observer=observer)
