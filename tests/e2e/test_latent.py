@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.packages import read_manifest
 from tests.e2e.test_bit_equality import ragged_logits
 from tests.latent_models import CASES, SIZES, write_description
 from tests.tiny_models import difference, logits, make_model, save, torch
