@@ -51,13 +51,19 @@ kind = "latent"
 name = "self_attn"
 query = "q_proj"
 query_down = "q_a_proj"
-query_norm = "q_a_layernorm"
 query_up = "q_b_proj"
 key_value_down = "kv_a_proj_with_mqa"
-key_value_norm = "kv_a_layernorm"
 key_value_up = "kv_b_proj"
 output = "o_proj"
 bias = "attention_bias"
+key_value_norm = { kind = "rms_norm", name = "kv_a_layernorm", hidden_size = "latent_dim", norm_eps = 1e-6 }
+
+[layer.attention.query_norm]
+when = "query_latent_dim > 0"
+kind = "rms_norm"
+name = "q_a_layernorm"
+hidden_size = "query_latent_dim"
+norm_eps = 1e-6
 """
 
 SIZES = {

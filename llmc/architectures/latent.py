@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmc.architectures.blocks import Attention, RmsNormBlock
+from llmc.architectures.attention import Attention
 from llmc.architectures.context import Context
+from llmc.architectures.norms import NO_NORM, Norm
 from llmc.architectures.rope import RopeParameters, score_factor
-from llmc.architectures.settings import ConfigurationError
+from llmc.architectures.settings import ZERO, ConfigurationError, Count
 from llmc.ir.op import Value
 from llmc.ir.ops import attention as attention_ops
 from llmc.ir.ops.rope import Rope
@@ -22,18 +23,17 @@ class LatentAttention(Attention, kind="latent"):
     value_dim. A head's key is the two beside each other, and its query likewise; scores are q·k / √(nope_dim +
     rope_dim), times the factor that the scaling of the rotation asks for (`score_factor`).
 
-    Queries are made of a normalised latent of their own, query_latent_dim wide, by `query_down` and `query_up`; without
-    one, by `query` alone. `bias` is for the projections of x and for the output. `interleaved`: pairs are neighbours,
-    whatever the model's rotation says. The latents' norms have an eps of their own, not the model's.
+    Queries are made of a normalised latent of their own, query_latent_dim wide, by `query_down` and `query_up`; where
+    that is 0, by `query` alone. `bias` is for the projections of x to latents and for the output. `interleaved`: pairs
+    are neighbours, whatever the model's rotation says.
     """
 
     name: str
     query: str
     query_down: str
-    query_norm: str
     query_up: str
     key_value_down: str
-    key_value_norm: str
+    key_value_norm: Norm
     key_value_up: str
     output: str
     hidden_size: int
@@ -44,8 +44,8 @@ class LatentAttention(Attention, kind="latent"):
     rope_dim: int
     value_dim: int
     rope: RopeParameters
-    query_latent_dim: int | None = None
-    latent_norm_eps: float = 1e-6
+    query_norm: Norm = NO_NORM
+    query_latent_dim: Count = ZERO
     bias: bool = False
     interleaved: bool = False
 
@@ -80,11 +80,10 @@ class LatentAttention(Attention, kind="latent"):
     def _queries(self, c: Context, x: Value) -> Value:
         """[t, num_heads · head_dim]."""
         wide = self.num_heads * self.head_dim
-        if self.query_latent_dim is None:
+        if not self.query_latent_dim:
             return c.linear(self.query, x, wide, False, False)
         narrow = c.linear(self.query_down, x, self.query_latent_dim, self.bias, False)
-        norm = RmsNormBlock(self.query_norm, self.query_latent_dim, self.latent_norm_eps)
-        return c.linear(self.query_up, norm(c, narrow), wide, False, False)
+        return c.linear(self.query_up, self.query_norm(c, narrow), wide, False, False)
 
     def _latent(self, c: Context, x: Value) -> tuple[Value, Value]:
         """The latent [t, latent_dim], normalised, and the shared key [t, rope_dim], not yet rotated."""
@@ -93,7 +92,7 @@ class LatentAttention(Attention, kind="latent"):
         with c.b.at(self.key_value_down):
             latent = c.b.slice(both, axis=1, start=0, stop=self.latent_dim)
             shared: Value = c.b.slice(both, axis=1, start=self.latent_dim, stop=width)
-        return RmsNormBlock(self.key_value_norm, self.latent_dim, self.latent_norm_eps)(c, latent), shared
+        return self.key_value_norm(c, latent), shared
 
     def _expanded(self, c: Context, latent: Value) -> Value:
         """Each head's key without its rotated part, and its value [t, num_heads · (nope_dim + value_dim)]."""
