@@ -86,7 +86,10 @@ def _turned(b: Emitter, *operands: Value) -> tuple[Value, Value]:
 
 
 class RopeRule(PatternRule):
-    """A rotation of slices of [t, heads, head_dim]; subclasses say how the pairs are put together again."""
+    """A rotation of slices of [t, heads, head_dim]; subclasses say how the pairs are put together again.
+
+    Of heads whose last elements alone are rotated, these are cut out and rotated as heads of their own.
+    """
 
     layout = "half"
 
@@ -99,24 +102,26 @@ class RopeRule(PatternRule):
             return NoMatch("the pairs are no slices of one [tokens, heads, head_dim]", match.root, len(match.nodes))
         half = first.type.shape[2]
         assert isinstance(half, int)
-        if (first.op, second.op) != self.slices(half):
-            wanted = " and ".join(map(str, self.slices(half)))
+        start = min(first.op.start, second.op.start)
+        if (first.op, second.op) != self.slices(start, half):
+            wanted = " and ".join(map(str, self.slices(start, half)))
             return NoMatch(f"want {wanted}, found {first.op} and {second.op}", match.root, len(match.nodes))
-        return self.check_rest(match, heads, 2 * half) or self.check_tables(match, heads, half)
+        return self.check_rest(match, heads, start, 2 * half) or self.check_tables(match, heads, half)
 
-    def slices(self, half: int) -> tuple[Op, Op]:
-        """The slices that hold the first and the second of each pair."""
+    def slices(self, start: int, half: int) -> tuple[Op, Op]:
+        """The slices that hold the first and the second of each pair, from element `start` of a head on."""
+        stop = start + 2 * half
         if self.layout == "half":
-            return Slice(2, 0, half), Slice(2, half, 2 * half)
-        return Slice(2, 0, 2 * half, 2), Slice(2, 1, 2 * half, 2)
+            return Slice(2, start, start + half), Slice(2, start + half, stop)
+        return Slice(2, start, stop, 2), Slice(2, start + 1, stop, 2)
 
-    def check_rest(self, match: Match, heads: Value, rotary_dim: int) -> NoMatch | None:
-        """Whether what is not rotated is passed on."""
+    def check_rest(self, match: Match, heads: Value, start: int, rotary_dim: int) -> NoMatch | None:
+        """Whether the head from `start` on is passed on, what is not rotated of it too."""
         head_dim, rest = heads.type.shape[2], match.operands.get("rest")
         assert isinstance(head_dim, int)
-        if rest is None and rotary_dim != head_dim:
+        if rest is None and start + rotary_dim != head_dim:
             return NoMatch(f"{rotary_dim} of {head_dim} elements are rotated and the rest is left out", match.root, 1)
-        if rest is None or (rest.op == Slice(2, rotary_dim, head_dim) and rest.node.inputs[0] == heads):
+        if rest is None or (rest.op == Slice(2, start + rotary_dim, head_dim) and rest.node.inputs[0] == heads):
             return None
         return NoMatch(f"what follows the {rotary_dim} rotated elements is not the head's rest", match.root, 1)
 
@@ -131,7 +136,11 @@ class RopeRule(PatternRule):
         return None
 
     def rewrite(self, b: Emitter, match: Match) -> Any:
-        heads = match["first"].node.inputs[0]
+        first = match["first"]
+        assert isinstance(first.op, Slice)
+        heads = first.node.inputs[0]
+        if first.op.start:
+            heads = b.slice(heads, axis=2, start=first.op.start, stop=heads.type.shape[2])
         tokens, count, head_dim = heads.type.shape
         half = match["first"].type.shape[2]
         assert isinstance(count, int) and isinstance(head_dim, int) and isinstance(half, int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmc.ir.types import DType
+from llmc.passes.absorb_latent import AbsorbLatent
 from llmc.passes.base import Pipeline, parse_pipeline
 from llmc.passes.canonicalize import Canonicalize
 from llmc.passes.constant_fold import ConstantFold
@@ -28,6 +29,7 @@ COMMON = Pipeline(
         FuseNorm(),  # norms, then the residual additions before them
         FuseRope(),  # rotations, which stand between projections and attention
         FuseAttention(),  # what may mix tokens gets a name
+        AbsorbLatent(),  # what attention reads, before linears are packed and states are made for it
         FuseMlp(),  # activations and gates go into their linears, before these are packed
         FuseExperts(),  # whose gates have the activations that were just named, and who is chosen by whom
         PackLinears(),  # queries, keys and values in one product

@@ -57,7 +57,8 @@ class Quantize(Pass):
     `format` is for linears and experts; `lm_head` for the linear that makes `logits`, like `format` unless given;
     `embedding` for the table of token_ids, which is kept unless given, but for a table that is the head's weight too:
     that has the head's format. `none` keeps a part in its dtype. A linear whose result a routing reads is kept: it is
-    small, and it decides. Readers of one weight share its codes.
+    small, and it decides. Readers of one weight share its codes. `grouped_linear` keeps its weights: they are a
+    fiftieth of a model's, and all scores and values of attention pass through them.
 
     Raises `LlmcError` for a format that does not exist, and for a table of which head and embedding disagree,
     and for one that activations in 8 bits do not go with.

@@ -23,11 +23,13 @@ from llmc.backends.triton.ops import (
 )
 from llmc.backends.triton.packing_ops import OrderRows
 from llmc.backends.triton.select import has_kernel
+from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph, Input
 from llmc.ir.op import Emitter, Node, Value, as_tuple
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.norm import LayerNorm, RmsNorm
 from llmc.ir.ops.quantized import DequantizeWeight, QuantizedEmbedding
@@ -98,6 +100,8 @@ class _Lowering(Lowering):
         op = node.op
         if isinstance(op, Linear | GatedLinear):
             return self._product(b, node, op, inputs)
+        if isinstance(op, GroupedLinear):
+            raise NoKernel(f"no GPU kernel for {op.name} of {op.groups} groups at {b.loc or 'no place'}")
         if isinstance(op, RopeAppend | QkvAppend):
             return self._append(b, node, op, inputs)
         if isinstance(op, RmsNorm | LayerNorm):

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmc.backends.dynamic_rotary import absorbed, dynamic_table
 from llmc.backends.lowering import Lowering
+from llmc.backends.tvm.grouped_ops import PackedGroupedLinear
 from llmc.backends.tvm.lower_attention import lower_append, lower_attention
 from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
@@ -20,6 +21,7 @@ from llmc.ir.op import Emitter, Node, Value, as_tuple
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
 from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, QuantizedLinear
@@ -90,6 +92,12 @@ class _Lowering(Lowering):
             return self.emit(b, packed, inputs[0], panels, *_floats(b, bias), *residual)
         if isinstance(op, GatedLinear):
             return self._gated(b, op, node, inputs)
+        if isinstance(op, GroupedLinear):
+            rows = inputs[1].type.shape[1]
+            assert isinstance(rows, int)
+            return self.emit(
+                b, PackedGroupedLinear(op.groups, rows), inputs[0], self._pack(b, "pack_groups", inputs[1])
+            )
         if isinstance(op, QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding):
             return self._quantized(b, op, inputs)
         if isinstance(op, Argmax) and isinstance(inputs[0].op, TiledLinear):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.dynamic_rotary import DynamicRotaryTable
 from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention
+from llmc.backends.tvm.grouped_ops import PackedGroupedLinear
 from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.tile_fusions import (
     AddLayerNormTiles,
@@ -237,6 +238,20 @@ def _gated_linear(op: PackedGatedLinear, node: Node) -> Selected:
         k=_width(x.type),
         weight_dtype=panels.type.dtype.value,
         activation=op.activation,
+    )
+    return Selected(spec, (*node.inputs, *node.results))
+
+
+@_kernel(PackedGroupedLinear)
+def _grouped_linear(op: PackedGroupedLinear, node: Node) -> Selected:
+    x, panels = node.inputs
+    spec = KernelSpec.of(
+        "grouped_linear",
+        rows_dim=_rows(x.type),
+        groups=op.groups,
+        n=op.rows,
+        k=_width(x.type) // op.groups,
+        weight_dtype=panels.type.dtype.value,
     )
     return Selected(spec, (*node.inputs, *node.results))
 

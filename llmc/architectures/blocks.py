@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from llmc.architectures.attention import Attention
-from llmc.architectures.context import Block
 from llmc.architectures.experts import ExpertsMlp, StackedExpertsMlp
 from llmc.architectures.layers import Layer
 from llmc.architectures.mlp import Mlp
@@ -14,7 +14,7 @@ from llmc.architectures.positions import Positions
 
 __all__ = ["ROLES", "Layer"]
 
-ROLES: Mapping[str, type[Block]] = {
+ROLES: Mapping[str, Any] = {
     "positions": Positions,
     "norm": Norm,
     "attention": Attention,

@@ -177,7 +177,7 @@ def _bands(rope: RopeParameters, inverse: Frequencies) -> Frequencies:
 def _yarn(rope: RopeParameters, powers: Frequencies, rotary_dim: int) -> tuple[Frequencies, float]:
     """YaRN (Peng et al., 2023): interpolation of slow frequencies, a ramp, extrapolation of fast ones."""
     values, length = rope.values, rope.original_max_positions
-    factor = values.get("factor", rope.max_positions / length)
+    factor = _factor(rope)
     scaling = values.get("attention_factor")
     if scaling is None:
         mscale, mscale_all = values.get("mscale", 0.0), values.get("mscale_all_dim", 0.0)
@@ -201,6 +201,17 @@ def _yarn(rope: RopeParameters, powers: Frequencies, rotary_dim: int) -> tuple[F
     slow, fast = 1.0 / (factor * powers), 1.0 / powers
     frequencies = slow * (1 - extrapolation) + fast * extrapolation
     return frequencies.astype(np.float32), float(scaling)
+
+
+def score_factor(rope: RopeParameters) -> float:
+    """By how much scores are multiplied where `mscale_all_dim` is meant for them (as in arXiv:2405.04434): the square
+    of that magnitude; 1 where it is not set."""
+    weight = rope.values.get("mscale_all_dim", 0.0)
+    return _magnitude(_factor(rope), weight) ** 2 if weight else 1.0
+
+
+def _factor(rope: RopeParameters) -> float:
+    return rope.values.get("factor", rope.max_positions / rope.original_max_positions)
 
 
 def _magnitude(scale: float, weight: float) -> float:

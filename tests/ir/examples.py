@@ -39,6 +39,7 @@ from llmc.ir.ops.elementwise import (
     Tanh,
 )
 from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
 from llmc.ir.ops.reduce import Argmax, Mean, SinkSoftmax, Softmax, Sum
@@ -215,6 +216,11 @@ EXAMPLES = [
     Example(Linear(residual=True), (f(T, 3), f(4, 3), f(T, 4)), lambda x, w, r: r + x @ w.T),
     Example(GatedLinear("silu"), (f(T, 3), f(8, 3)), lambda x, w: silu(x @ w[:4].T) * (x @ w[4:].T)),
     Example(
+        GroupedLinear(2),
+        (f(T, 6), f(2, 4, 3)),
+        lambda x, w: np.einsum("tgk,gnk->tgn", x.reshape(SIZE, 2, 3), w).reshape(SIZE, 8),
+    ),
+    Example(
         GatedLinear("silu", True),
         (f(T, 3), f(4, 3), f(4)),
         lambda x, w, b: silu(x @ w[:2].T + b[:2]) * (x @ w[2:].T + b[2:]),
@@ -302,6 +308,21 @@ EXAMPLES = [
         (f(T, 8), i(T), *STATES),
         lambda x, slots, key, value: (x[:, :4], *append(x[:, 4:6], x[:, 6:], slots, key, value)),
         {1: SLOTS},
+    ),
+    Example(
+        QkvAppend(2, 1, 2, value_dim=3),
+        (f(T, 9), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        lambda x, slots, key, value: (x[:, :4], *append(x[:, 4:6], x[:, 6:], slots, key, value)),
+        {1: SLOTS},
+    ),
+    Example(
+        RopeAppend(2, 1, 2, 2, value_dim=3),
+        (f(T, 9), f(T, 1), f(T, 1), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        lambda x, c, s, slots, key, value: (
+            rotate(x[:, :4], c, s, 2, "half"),
+            *append(rotate(x[:, 4:6], c, s, 1, "half"), x[:, 6:], slots, key, value),
+        ),
+        {3: SLOTS},
     ),
     Example(
         RopeAppend(2, 1, 2, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +139,34 @@ def learned_model(layers: int = 2, heads: int = 3, width: int = 4, weights: DTyp
     with b.at("head"):
         logits = b.project("logits", x, 11)
     return b.graph({"logits": logits})
+
+
+def latent_attention(
+    b: Model,
+    heads: int = 4,
+    rank: int = 5,
+    nope: int = 4,
+    rope: int = 2,
+    width: int = 3,
+    weights: DType = F32,
+    **scores: Any,
+) -> Value:
+    """Fused ops: attention [t, heads · width] whose keys and values are products with a latent [t, rank]; the last
+    `rope` elements of a key are those of all heads. Operands that `scores` ask for are inputs."""
+    t = b.tokens
+    q = b.input("q", F32, (t, heads * (nope + rope)))
+    c, shared = b.input("c", F32, (t, rank)), b.input("shared", F32, (t, rope))
+    with b.at("attention"):
+        y = b.linear(c, b.param("up.weight", weights, (heads * (nope + width), rank)))
+        parts = b.reshape(y, shape=(t, heads, nope + width))
+        one = b.expand(b.reshape(shared, shape=(t, 1, rope)), shape=(t, heads, rope))
+        k = b.concat(b.slice(parts, axis=2, start=0, stop=nope), one, axis=2)
+        v = b.slice(parts, axis=2, start=nope, stop=nope + width)
+        op = Attention(heads, heads, nope + rope, 0.5, value_dim=width, **scores)
+        per_head = [b.input(name, F32, (heads,)) for name in op.per_head]
+        flat = (b.reshape(x, shape=(t, heads * x.type.shape[2])) for x in (k, v))
+        result: Value = b(op, q, *flat, b.positions, *per_head)
+    return result
 
 
 def counts(graph: Graph) -> Counter[str]:

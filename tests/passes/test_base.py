@@ -33,7 +33,7 @@ def test_options_are_typed() -> None:
     ("text", "message"),
     [
         ("fuse-nrom", r"there is no pass 'fuse-nrom'; did you mean 'fuse-norm'\?"),
-        ("zzz", r"there is no pass 'zzz'; known: canonicalize, constant-fold"),
+        ("zzz", r"there is no pass 'zzz'; known: absorb-latent, canonicalize"),
         ("specialize", r"the pass 'specialize' needs the option 'entry': specialize\{entry=…\}"),
         ("specialize{entrry=decode}", r"'specialize' has no option 'entrry'; did you mean 'entry'\?"),
         ("specialize{entry}", r"expected entry=VALUE, given 'entry'"),

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import pytest
 
 from llmc.ir.graph import Graph, State
 from llmc.ir.op import Value
-from llmc.ir.ops.attention import Attention
 from llmc.ir.ops.elementwise import Silu
 from llmc.ir.ops.norm import LayerNorm, RmsNorm
 from llmc.ir.ops.rope import Rope
@@ -19,99 +15,6 @@ from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck
 from llmc.passes.pipelines import read_pipeline
 from tests.passes.graphs import F32, Model, counts
-
-
-def attend(
-    b: Model, mask: Callable[[Value, Value], Value] | None = None, value: float = -math.inf, biased: bool = False
-) -> Graph:
-    """Attention over two heads, with one thing another way."""
-    t = b.tokens
-    heads = [b.transpose(b.reshape(b.input(n, F32, (t, 8)), shape=(t, 2, 4)), axes=(1, 0, 2)) for n in ("q", "k", "v")]
-    scores = b.matmul(heads[0], b.transpose(heads[1], axes=(0, 2, 1)))
-    row, column = b.reshape(b.positions, shape=(t, 1)), b.reshape(b.positions, shape=(1, t))
-    if biased:
-        scores = b.add(scores, b.cast(column, dtype=F32))
-    if mask is not None:
-        scores = b.mask(scores, mask(row, column), value=value)
-    mixed = b.matmul(b.softmax(scores), heads[2])
-    return b.graph({"out": b.reshape(b.transpose(mixed, axes=(1, 0, 2)), shape=(t, 8))})
-
-
-def two_conditions(b: Model) -> Graph:
-    def window(row: Value, column: Value) -> Value:
-        near = b.greater_equal(b.add(column, b.constant([[8]], DType.I32)), row)
-        result: Value = b.logical_and(b.greater_equal(row, column), near)
-        return result
-
-    return attend(b, mask=window)
-
-
-def grouped(b: Model, tiled: bool) -> Graph:
-    """Queries of 4 heads of width 4 over keys of 2."""
-    t = b.tokens
-    q = b.input("q", F32, (t, 16))
-    k, v = (b.input(n, F32, (t, 8)) for n in ("k", "v"))
-
-    def heads(x: Value, count: int) -> Value:
-        result: Value = b.transpose(b.reshape(x, shape=(t, count, 4)), axes=(1, 0, 2))
-        return result
-
-    def wide(x: Value) -> Value:
-        narrow, shape = ((1, 2, t, 4), (2, 2, t, 4)) if tiled else ((2, 1, t, 4), (2, 2, t, 4))
-        result: Value = b.reshape(b.expand(b.reshape(heads(x, 2), shape=narrow), shape=shape), shape=(4, t, 4))
-        return result
-
-    scores = b.matmul(heads(q, 4), b.transpose(wide(k), axes=(0, 2, 1)))
-    row, column = b.reshape(b.positions, shape=(t, 1)), b.reshape(b.positions, shape=(1, t))
-    weights = b.softmax(b.mask(scores, b.greater_equal(row, column), value=-math.inf))
-    mixed = b.transpose(b.matmul(weights, wide(v)), axes=(1, 0, 2))
-    return b.graph({"out": b.reshape(mixed, shape=(t, 16))})
-
-
-def weights_wanted(b: Model) -> Graph:
-    """Attention whose weights leave the graph."""
-    q, k, v = (b.input(n, F32, (b.tokens, 8)) for n in ("q", "k", "v"))
-    out = b.primitive(Attention(2, 2, 4, 0.5), q, k, v, b.positions)
-    softmax = out.node.inputs[0].node.inputs[0].node.inputs[0]
-    assert softmax.op.name == "softmax"
-    return b.graph({"out": out, "weights": softmax})
-
-
-def other_positions(b: Model) -> Graph:
-    other = b.input("other", DType.I32, (b.tokens,))
-    row = b.reshape(other, shape=(b.tokens, 1))
-    return attend(b, mask=lambda _, column: b.greater_equal(row, column))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (attend, "the scores are not masked"),
-        (lambda b: attend(b, mask=lambda r, c: b.greater_equal(c, r)), "not causal: tokens would see those after them"),
-        (lambda b: attend(b, mask=b.greater_equal, value=-10000.0), "masked scores become -10000.0"),
-        (two_conditions, "a second condition beside causality"),
-        (other_positions, "does not compare one vector of positions with itself"),
-        (lambda b: grouped(b, tiled=True), "want each head repeated beside itself"),
-        (weights_wanted, "its inner value is also used by a result of the graph"),
-        (
-            lambda b: attend(b, b.greater_equal, biased=True),
-            "want the product of queries and keys, found add",
-        ),
-    ],
-    ids=["no-mask", "anticausal", "soft-mask", "window", "positions", "tiled", "weights", "no-product"],
-)
-def test_attention(make: Callable[[Model], Graph], reason: str) -> None:
-    graph = make(Model())
-    verify(graph)
-    context = PassContext()
-    after = read_pipeline("fuse-attention").run(graph, context)
-    assert context.counts == {"attention": 0}
-    assert after == graph
-    assert reason in str(context.refusals["attention"][0])
-
-
-def test_grouped_attention_is_recognised_where_it_is_right() -> None:
-    assert counts(read_pipeline("fuse-attention,canonicalize").run(grouped(Model(), tiled=False))) == {"attention": 1}
 
 
 def rotated(b: Model, **changes: bool) -> Graph:
@@ -372,11 +275,53 @@ def appended(
 def test_appends(changes: dict[str, int], reason: str) -> None:
     context = PassContext()
     read_pipeline("fuse-append").run(appended(Model(), **changes), context)  # type: ignore[arg-type]
-    assert context.counts == {"rope-append": 0, "qkv-append": 0}
+    assert context.counts == {"rope-append": 0, "qkv-append": 0, "join-append": 0}
     assert reason in str(context.refusals["rope-append"][0])
 
 
 def test_an_append_that_is_right_fuses() -> None:
     context = PassContext()
     read_pipeline("fuse-append").run(appended(Model()), context)
-    assert context.counts == {"rope-append": 1, "qkv-append": 0}
+    assert context.counts == {"rope-append": 1, "qkv-append": 0, "join-append": 0}
+
+
+def joined(b: Model, *, turned: str = "alike", read: str = "both") -> Graph:
+    """Queries of 2 heads, keys and values of 1 from three projections, appended and read."""
+    t, blocks, sequences = b.tokens, symbol("num_blocks"), symbol("sequences")
+    x = b.embedding(b.token_ids, b.param("embed.weight", F32, (11, 4)), dtype=F32)
+    q, k, v = (b.project(n, x, width) for n, width in (("q", 8), ("k", 4), ("v", 6)))
+    slots = b.input("slot_mapping", DType.I32, (t,))
+    cos, sin = b.table(4)
+    if turned != "not":
+        q = b.rope(q, cos, sin, num_heads=2, head_dim=4, rotary_dim=4)
+        k = b.rope(k, cos, cos if turned == "apart" else sin, num_heads=1, head_dim=4, rotary_dim=4)
+    states = [
+        b.state(State("key", "paged_kv", F32, (blocks, 1, 4, 16))),
+        b.state(State("value", "paged_kv", F32, (blocks, 1, 16, 6))),
+    ]
+    key, value = b.kv_append(k, v, slots, *states, num_kv_heads=1, head_dim=4, value_dim=6)
+    start = b.input("query_start", DType.I32, (sequences + 1,))
+    tables = b.input("block_tables", DType.I32, (sequences, symbol("max_blocks")))
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "value_dim": 6}
+    seen = states[1] if read == "old" else value
+    out = b.paged_attention(q, key, seen, b.positions, start, tables, scale=0.5, **heads)
+    return b.graph(
+        {"out": b.gather_rows(out, b.input("logit_rows", DType.I32, (symbol("outputs"),)))},
+        {"key": key, "value": value},
+    )
+
+
+@pytest.mark.parametrize(
+    ("turned", "append", "ropes"), [("alike", "rope_append", 0), ("apart", "qkv_append", 2), ("not", "qkv_append", 0)]
+)
+def test_what_comes_from_three_places_is_joined(turned: str, append: str, ropes: int) -> None:
+    after = read_pipeline("fuse-append").run(joined(Model(), turned=turned), observer=NumericsCheck())
+    found = counts(after)
+    assert (found["concat"], found[append], found["paged_attention"], found["rope"]) == (1, 1, 1, ropes)
+
+
+def test_states_that_no_append_wrote() -> None:
+    context = PassContext()
+    read_pipeline("fuse-append").run(joined(Model(), read="old"), context)
+    assert context.counts["join-append"] == 0
+    assert "want all from one kv_append" in str(context.refusals["join-append"][0])

@@ -119,3 +119,11 @@ def test_what_has_no_kernel_is_named() -> None:
     message = r"^no GPU kernel for tanh\(f32\[tokens, 40\]\) at layers.3.cap, a primitive op$"
     with pytest.raises(NoKernel, match=message):
         lower(of_one_value(b(Tanh(), ROWS)), DType.BF16)
+
+
+def test_a_product_of_groups_has_no_kernel() -> None:
+    b = Emitter()
+    b.loc = "layers.3.attention"
+    weight = Value(Node(Param("w"), (), (TensorType(DType.F32, (4, 7, 10)),)))
+    with pytest.raises(NoKernel, match=r"^no GPU kernel for grouped_linear of 4 groups at layers.3.attention$"):
+        lower(of_one_value(b.grouped_linear(ROWS, weight, groups=4), weight), DType.BF16)
