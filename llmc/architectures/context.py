@@ -15,8 +15,9 @@ from llmc.ir.ops.elementwise import GeluErf, GeluTanh, Relu, Silu
 from llmc.ir.ops.linear import Linear
 from llmc.ir.types import DType
 
-Initial: TypeAlias = Literal["normal", "ones", "small"]
-"""How a random weight is drawn: a matrix, a norm's weight, a bias."""
+Initial: TypeAlias = Literal["normal", "ones", "small", "buffer"]
+"""How a random weight is drawn: a matrix, a norm's weight, a bias; or like a bias what no gradient trains, which is not
+counted as a parameter."""
 
 ACTIVATIONS: dict[str, type[Op]] = {
     "gelu": GeluErf,

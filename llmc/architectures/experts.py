@@ -51,7 +51,7 @@ class Routed:
         biases = []
         with c.b.at(self.router):
             if self.selection_bias:
-                biases.append(c.cast(c.weight((self.num_experts,), "small", self.selection_bias), DType.F32))
+                biases.append(c.cast(c.weight((self.num_experts,), "buffer", self.selection_bias), DType.F32))
             op = Routing(
                 self.experts_per_token,
                 self.scoring,

@@ -68,6 +68,10 @@ class Description:
         settings.check_understood((*shared.harmless, *self.ignored), neutral, self.model_types[0])
         return model
 
+    def unused(self, model: Model) -> tuple[str, ...]:
+        """Patterns of tensors that a checkpoint may have and nothing reads; `{num_layers}` is the number of layers."""
+        return tuple(pattern.replace("{num_layers}", str(model.num_layers)) for pattern in self.unused_tensors)
+
     def _layer(self, filler: Filler, number: int) -> Layer:
         where = f"{self.source}, layer"
         if "layer" not in self.blocks:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmc.architectures.loader import common
 from llmc.importers.json_file import ImportFailure, read_json
 from llmc.ir.errors import nearest
 from llmc.ir.types import DType
@@ -24,7 +25,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
         raise ImportFailure(f"{path}: 'architectures' must be a list of names, given {str(classes)[:80]}")
     if classes and all(_OTHER_HEAD.search(c) for c in classes):
-        raise ImportFailure(f"{path}: the model is a {classes[0][:80]!r}; supported: causal language models")
+        missing = common().missing_blocks.get(str(config.get("model_type")))
+        why = f" (no block computes {missing})" if missing else ""
+        raise ImportFailure(f"{path}: the model is a {classes[0][:80]!r}; supported: causal language models{why}")
     return config
 
 

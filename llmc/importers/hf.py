@@ -60,14 +60,17 @@ def _import(
         raise ImportFailure(f"{path} is no Hugging Face folder and no .json configuration: {missing}")
     config = read_config(config_path)
     source = str(config_path)
+    random = alone or random_weights
+    if random:
+        config = {k: v for k, v in config.items() if k != "quantization_config"}  # how a checkpoint is stored
     description = find_description(config.get("model_type"), source, architecture)
     model = description.apply(config, source)
     parameters: RandomParameters | CheckpointParameters
-    if alone or random_weights:
+    if random:
         parameters = RandomParameters(storage_dtype(config, source), source)
     else:
         tensors = open_folder(path)
-        parameters = CheckpointParameters(tensors, str(path), description.unused_tensors, description.optional_prefix)
+        parameters = CheckpointParameters(tensors, str(path), description.unused(model), description.optional_prefix)
     name = config["model_type"] if config.get("model_type") in description.model_types else description.model_types[0]
     graph = model.build(parameters, activation, max_sequence_length)
     weights = parameters.weights()

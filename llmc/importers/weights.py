@@ -26,12 +26,14 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class WeightSource:
-    """One parameter's tensor, not yet read. `load()` gives it in its storage dtype."""
+    """One parameter's tensor, not yet read. `load()` gives it in its storage dtype. `counted`: as one of the model's
+    parameters, which a buffer is not."""
 
     dtype: DType
     shape: tuple[int, ...]
     origin: str
     load: Callable[[], Array]
+    counted: bool = True
 
     @property
     def bytes(self) -> int:
@@ -60,8 +62,8 @@ class WeightMap(Mapping[str, WeightSource]):
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all tensors."""
-        return sum(math.prod(s.shape) for s in self._sources.values())
+        """Elements of all tensors but buffers."""
+        return sum(math.prod(s.shape) for s in self._sources.values() if s.counted)
 
     @property
     def bytes(self) -> int:
@@ -161,7 +163,7 @@ class CheckpointParameters(_Source):
             raise ImportFailure(f"{where}: the dtype must be F32, F16 or BF16, given {tensor.dtype}")
         if tensor.shape != shape:
             raise ImportFailure(f"{where}: the shape must be {list(shape)}, given {list(tensor.shape)}")
-        return WeightSource(dtype, shape, str(tensor.file), tensor.load)
+        return WeightSource(dtype, shape, str(tensor.file), tensor.load, initial != "buffer")
 
 
 class RandomParameters(_Source):
@@ -173,7 +175,9 @@ class RandomParameters(_Source):
 
     def _find(self, label: str, shape: tuple[int, ...], initial: Initial) -> WeightSource:
         dtype = self._dtype
-        return WeightSource(dtype, shape, "random", lambda: random_tensor(label, shape, dtype, initial))
+        return WeightSource(
+            dtype, shape, "random", lambda: random_tensor(label, shape, dtype, initial), initial != "buffer"
+        )
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: DType, initial: Initial) -> Array:

@@ -43,6 +43,17 @@ def rope(kind: str = "default", **keys: Any) -> dict[str, Any]:
 
 
 MIXTURE = {**NAMES, "moe_intermediate_size": 36, "num_experts_per_tok": 3}
+LATENT = {
+    **MIXTURE,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 18,
+    "q_lora_rank": 26,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
 LONG_ROPE = {
     **NAMES,
     "pad_token_id": 0,
@@ -95,6 +106,13 @@ FAMILIES = {
     "qwen3_moe": Family(
         "qwen3_moe", {**MIXTURE, "head_dim": 14, "num_experts": 7, "norm_topk_prob": True, "mlp_only_layers": [1]}
     ),
+    "deepseek_v2": Family("deepseek_v2", {**LATENT, "n_shared_experts": 2}),
+    "deepseek_v2, groups, one latent": Family(
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+         "routed_scaling_factor": 1.7},
+    ),
+    "deepseek_v3": Family("deepseek_v3", {**LATENT, "n_group": 4, "topk_group": 2, "norm_topk_prob": True}),
     "gpt_oss": Family(
         "gpt_oss",
         {**NAMES, "head_dim": 14, "sliding_window": 6, "num_local_experts": 5, "num_experts_per_tok": 3,
