@@ -79,7 +79,6 @@ def test_harmless_changes(tmp_path: Path, changes: dict[str, Any]) -> None:
         ),
         ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' (= 50.0) is not understood"),
         ({"sliding_window": 4096}, "'sliding_window' is 4096, which .* do not compute; supported: null"),
-        ({"quantization_config": {"bits": 4}}, "'quantization_config' is {'bits': 4}, which .* supported: null"),
         ({"rope_interleaved": True}, "'rope_interleaved' is True, which .* supported: False"),
         ({"is_encoder_decoder": 0}, "'is_encoder_decoder' is 0, which"),
         ({"model_type": "lama"}, "the model type 'lama' has no description; did you mean 'llama'"),
@@ -116,6 +115,15 @@ def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None
     with pytest.raises(LlmcError, match=message.replace("(", r"\(").replace(")", r"\)").replace("{", r"\{")) as caught:
         import_model(write(tmp_path, small(**changes)))
     assert "c.json" in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_how_weights_are_stored_matters_where_they_are_read(tmp_path: Path) -> None:
+    stored = small(quantization_config={"bits": 4})
+    assert import_model(write(tmp_path, stored)).info.num_layers == 2
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(LlmcError, match="'quantization_config' is {'bits': 4}, which .* supported: null"):
+        import_model(tmp_path)
+    assert import_model(tmp_path, random_weights=True).info.num_layers == 2
 
 
 def test_two_names_of_one_value(tmp_path: Path) -> None:
