@@ -28,7 +28,7 @@ from llmc.backends.tvm.kernels import (
 )
 from llmc.ir.target import CpuVariant
 
-_MAKERS: dict[str, Callable[..., Any]] = {
+MAKERS: dict[str, Callable[..., Any]] = {
     "embedding": embedding.embedding,
     "packed_embedding": embedding.packed_embedding,
     "quantized_embedding": embedding.quantized_embedding,
@@ -63,12 +63,13 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "scale": elementwise.scale,
     "unary": elementwise.unary,
 }
+"""What makes a kernel, by kind: a function of a symbol, an instruction set and the specification's parameters."""
 
 
 @functools.cache
 def _object(spec: KernelSpec, isa: Isa) -> bytes:
     """A kernel's object code; a process that compiles several models makes each kernel once."""
-    return compile_kernel(_MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
+    return compile_kernel(MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
 
 
 def compile_specs(specs: Iterable[KernelSpec], variants: Iterable[CpuVariant], scratch: Path) -> Kernels:
