@@ -39,7 +39,10 @@ class Lowering(ABC):
         for inner in topological(v.node for v in results):
             if isinstance(inner.op, Hole):
                 continue
-            made = self.lowered(b, inner, tuple(new[v] for v in inner.inputs))
+            try:
+                made = self.lowered(b, inner, tuple(new[v] for v in inner.inputs))
+            except NoKernel as error:
+                raise NoKernel(f"{error}, part of {node.op.name}") from None
             new.update(zip(inner.results, as_tuple(made), strict=True))
         return tuple(new[v] for v in results)
 

@@ -17,17 +17,19 @@ from llmc.backends.tvm.kernels import (
     decode,
     elementwise,
     embedding,
+    experts,
     grouped,
     linear,
     norm,
     quantized,
     rotary,
+    routing,
     rows,
     tiles,
 )
 from llmc.ir.target import CpuVariant
 
-_MAKERS: dict[str, Callable[..., Any]] = {
+MAKERS: dict[str, Callable[..., Any]] = {
     "embedding": embedding.embedding,
     "packed_embedding": embedding.packed_embedding,
     "quantized_embedding": embedding.quantized_embedding,
@@ -41,6 +43,14 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "linear": linear.linear,
     "gated_linear": linear.gated_linear,
     "grouped_linear": grouped.grouped_linear,
+    "routing": routing.routing,
+    "group_rows": experts.group_rows,
+    "group_tiles": experts.group_tiles,
+    "experts_linear": linear.experts_linear,
+    "experts_gated_linear": linear.experts_gated_linear,
+    "experts_quantized_linear": quantized.experts_quantized_linear,
+    "experts_quantized_gated_linear": quantized.experts_quantized_gated_linear,
+    "combine_experts": experts.combine_experts,
     "rotary_table": rotary.rotary_table,
     "dynamic_rotary_table": rotary.dynamic_rotary_table,
     "append": cache.append,
@@ -55,12 +65,13 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "scale": elementwise.scale,
     "unary": elementwise.unary,
 }
+"""What makes a kernel, by kind: a function of a symbol, an instruction set and the specification's parameters."""
 
 
 @functools.cache
 def _object(spec: KernelSpec, isa: Isa) -> bytes:
     """A kernel's object code; a process that compiles several models makes each kernel once."""
-    return compile_kernel(_MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
+    return compile_kernel(MAKERS[spec.kind](spec.symbol, isa, **dict(spec.parameters)), isa)
 
 
 def compile_specs(specs: Iterable[KernelSpec], variants: Iterable[CpuVariant], scratch: Path) -> Kernels:

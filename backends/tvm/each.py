@@ -26,6 +26,7 @@ EACH_KINDS = frozenset(
         "add_rms_norm",
         "layer_norm",
         "add_layer_norm",
+        "routing",
         "rotary_table",
         "dynamic_rotary_table",
         "gather_rows",

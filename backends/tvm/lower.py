@@ -11,6 +11,7 @@ from llmc.backends.dynamic_rotary import absorbed, dynamic_table
 from llmc.backends.lowering import Lowering
 from llmc.backends.tvm.grouped_ops import PackedGroupedLinear
 from llmc.backends.tvm.lower_attention import lower_append, lower_attention
+from llmc.backends.tvm.lower_experts import lower_experts, lower_quantized_experts
 from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
 from llmc.backends.tvm.select import has_kernel
 from llmc.backends.tvm.tile_fusions import TILE_FUSIONS
@@ -21,10 +22,12 @@ from llmc.ir.op import Emitter, Node, Value, as_tuple
 from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.experts import Experts
 from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
 from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, QuantizedLinear
+from llmc.ir.ops.quantized_experts import QuantizedExperts
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
 from llmc.ir.pattern import Match
@@ -100,6 +103,10 @@ class _Lowering(Lowering):
             )
         if isinstance(op, QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding):
             return self._quantized(b, op, inputs)
+        if isinstance(op, Experts) and all(v.type.dtype is DType.F32 for v in inputs[:2]):
+            return lower_experts(b, op, inputs)
+        if isinstance(op, QuantizedExperts):
+            return lower_quantized_experts(b, op, self._tiles(b, inputs[0]), inputs)
         if isinstance(op, Argmax) and isinstance(inputs[0].op, TiledLinear):
             # Its panels say which output is the largest, as they are made: logits are not read again.
             return self.emit(b, BestOfPanels(), b.panel_keys(inputs[0]))
@@ -124,7 +131,7 @@ class _Lowering(Lowering):
     def _quantized(
         self, b: Emitter, op: QuantizedLinear | QuantizedGatedLinear | QuantizedEmbedding, inputs: tuple[Value, ...]
     ) -> Value:
-        """The op over codes and scales in panels; activations in tiles, made once for all their readers."""
+        """The op over codes and scales in panels; activations in tiles."""
         x, codes, scales, *rest = inputs
         if not op.quant.integer_products:
             place = b.loc or "no place"
@@ -140,13 +147,17 @@ class _Lowering(Lowering):
         if isinstance(op, QuantizedEmbedding):
             return self.emit(b, TiledEmbedding(op.format, rows, op.width), x, *weight)
         assert isinstance(width, int)
-        if x not in self.tiles:
-            self.tiles[x] = b.quantize_tiles(x)
         if isinstance(op, QuantizedGatedLinear):
             gated = TiledGatedLinear(op.format, rows // 2, width, op.activation)
-            return self.emit(b, gated, *self.tiles[x], *weight)
+            return self.emit(b, gated, *self._tiles(b, x), *weight)
         linear = TiledLinear(op.format, rows, width, op.bias, op.activation, op.residual)
-        return self.emit(b, linear, *self.tiles[x], *weight, *_floats(b, tuple(rest)))
+        return self.emit(b, linear, *self._tiles(b, x), *weight, *_floats(b, tuple(rest)))
+
+    def _tiles(self, b: Emitter, x: Value) -> tuple[Value, ...]:
+        """Activations in tiles, made once for all their readers."""
+        if x not in self.tiles:
+            self.tiles[x] = b.quantize_tiles(x)
+        return self.tiles[x]
 
     def _gated_with_bias(self, b: Emitter, op: QuantizedGatedLinear, inputs: tuple[Value, ...]) -> Value:
         """Two linears and a product: gated panels have no place for a bias."""

@@ -2,77 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmc.backends.tvm.packing import PANEL, pack, pack_gated, unpack, unpack_gated
 from llmc.ir.op import Array, Emitter, Op, Value
-from llmc.ir.types import DType, TensorType
+from llmc.ir.types import DType, Shape, TensorType
 
 
-class _Packing(Op, abstract=True):
-    """A rearrangement of a weight; works on storage arrays."""
+class Packing(Op, abstract=True):
+    """A rearrangement of a weight, or of each of several [experts, ...]; works on storage arrays."""
 
     moves_data = True
     stage = "step"
 
+    def check_rank(self, types: Sequence[TensorType], rank: int, what: str) -> tuple[Shape, Sequence[int]]:
+        """One operand of that rank, or with an axis of experts before it: that axis, if there, and the others."""
+        self.expects(len(types) == 1 and types[0].rank in (rank, rank + 1), what, *types)
+        sizes = types[0].concrete({})
+        return sizes[:-rank], sizes[-rank:]
+
+
+def for_each(function: Callable[[Array], Array], weights: Array, rank: int) -> Array:
+    """The function of an array of that rank, or of each in an array of one rank more."""
+    return function(weights) if weights.ndim == rank else np.stack([function(w) for w in weights])
+
 
 @dataclass(frozen=True)
-class PackPanels(_Packing):
+class PackPanels(Packing):
     """[n, k] -> [ceil(n / 16), k, 16]: a lane is a row; missing rows are zero."""
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 2, "one matrix", *types)
-        n, k = types[0].concrete({})
-        return (TensorType(types[0].dtype, (-(-n // PANEL), k, PANEL)),)
+        experts, (n, k) = self.check_rank(types, 2, "one matrix")
+        return (TensorType(types[0].dtype, (*experts, -(-n // PANEL), k, PANEL)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (pack(arrays[0]),)
+        return (for_each(pack, arrays[0], 2),)
 
 
 @dataclass(frozen=True)
-class UnpackPanels(_Packing):
+class UnpackPanels(Packing):
     """[ceil(n / 16), k, 16] -> [n, k]: the inverse of `PackPanels`."""
 
     rows: int
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 3, "packed panels", *types)
-        self.expects(types[0].shape[0] == -(-self.rows // PANEL), f"panels of {self.rows} rows", *types)
-        return (TensorType(types[0].dtype, (self.rows, types[0].shape[1])),)
+        experts, (panels, k, _) = self.check_rank(types, 3, "packed panels")
+        self.expects(panels == -(-self.rows // PANEL), f"panels of {self.rows} rows", *types)
+        return (TensorType(types[0].dtype, (*experts, self.rows, k)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (unpack(arrays[0], self.rows),)
+        return (for_each(lambda w: unpack(w, self.rows), arrays[0], 3),)
 
 
 @dataclass(frozen=True)
-class PackGated(_Packing):
+class PackGated(Packing):
     """[2n, k], gate rows then up rows -> [ceil(n / 8), k, 16]: in each panel 8 rows of gate, then their 8 of up."""
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 2, "one matrix", *types)
-        n, k = types[0].concrete({})
-        return (TensorType(types[0].dtype, (-(-(n // 2) * 2 // PANEL), k, PANEL)),)
+        experts, (n, k) = self.check_rank(types, 2, "one matrix")
+        return (TensorType(types[0].dtype, (*experts, -(-(n // 2) * 2 // PANEL), k, PANEL)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        half = len(arrays[0]) // 2
-        return (pack_gated(arrays[0][:half], arrays[0][half:]),)
+        return (for_each(lambda w: pack_gated(*np.split(w, 2)), arrays[0], 2),)
 
 
 @dataclass(frozen=True)
-class UnpackGated(_Packing):
+class UnpackGated(Packing):
     """The inverse of `PackGated`; `rows` is the number of gate rows."""
 
     rows: int
 
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 3, "packed panels", *types)
-        return (TensorType(types[0].dtype, (2 * self.rows, types[0].shape[1])),)
+        experts, (_, k, _) = self.check_rank(types, 3, "packed panels")
+        return (TensorType(types[0].dtype, (*experts, 2 * self.rows, k)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (np.concatenate(unpack_gated(arrays[0], self.rows)),)
+        return (for_each(lambda w: np.concatenate(unpack_gated(w, self.rows)), arrays[0], 3),)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from llmc.backends.dynamic_rotary import DynamicRotaryTable
 from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention
 from llmc.backends.tvm.grouped_ops import PackedGroupedLinear
 from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
+from llmc.backends.tvm.select_experts import EXPERT_SPECS
+from llmc.backends.tvm.sizes import rows_dim as _rows
+from llmc.backends.tvm.sizes import width as _width
 from llmc.backends.tvm.tile_fusions import (
     AddLayerNormTiles,
     AddRmsNormTiles,
@@ -70,19 +73,6 @@ def _kernel(
         return choose
 
     return register
-
-
-def _rows(type: TensorType) -> int:
-    """Which entry of `dims` counts the rows of a [rows, width] value."""
-    names = {s.name for s in symbols_of(type.shape[0])}
-    assert len(names) == 1, f"rows of {type} are not one symbol"
-    return SYMBOLS.index(names.pop())
-
-
-def _width(type: TensorType) -> int:
-    width = type.shape[-1]
-    assert isinstance(width, int)
-    return width
 
 
 def _sizes(type: TensorType) -> tuple[int, ...]:
@@ -354,6 +344,17 @@ def _scale(op: MulScalar, node: Node) -> Selected | None:
 def _activation(name: str) -> Callable[[Op, Node], Selected | None]:
     return lambda op, node: _elementwise("unary", node, activation=name)
 
+
+def _expert(specify: Callable[[Any, Node], KernelSpec | None]) -> Callable[[Op, Node], Selected | None]:
+    def choose(op: Op, node: Node) -> Selected | None:
+        spec = specify(op, node)
+        return None if spec is None else Selected(spec, (*node.inputs, *node.results))
+
+    return choose
+
+
+for _class, _specify in EXPERT_SPECS.items():
+    _TABLE[_class] = _expert(_specify)
 
 for _name, _kind in ACTIVATIONS.items():
     _TABLE[_kind] = _activation(_name)

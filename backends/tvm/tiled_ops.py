@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.backends.tvm.ops import Packing, for_each
 from llmc.backends.tvm.packing import HALF, PANEL, interleave, pack_codes, separate, unpack_codes
 from llmc.ir.op import Array, Emitter, Op, Value
 from llmc.ir.ops.quantized import QuantizeRows
@@ -18,77 +19,62 @@ GROUP = 32
 
 
 @dataclass(frozen=True)
-class PackCodes(Op):
+class PackCodes(Packing):
     """codes u8 [n, K] -> u8 [ceil(n / 16), K / 32, bits, 16, 4] (`packing.pack_codes`)."""
 
     bits: int
 
-    stage = "step"
-    moves_data = True
-
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 2 and types[0].dtype is DType.U8, "codes u8 [n, K]", *types)
-        n, k = types[0].concrete({})
+        experts, (n, k) = self.check_rank(types, 2, "codes u8 [n, K]")
+        self.expects(types[0].dtype is DType.U8, "codes u8 [n, K]", *types)
         self.expects(k % GROUP == 0, f"K a multiple of {GROUP}", *types)
-        return (TensorType(DType.U8, (-(-n // PANEL), k // GROUP, self.bits, PANEL, 4)),)
+        return (TensorType(DType.U8, (*experts, -(-n // PANEL), k // GROUP, self.bits, PANEL, 4)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (pack_codes(arrays[0].astype(np.uint8), self.bits),)
+        return (for_each(lambda w: pack_codes(w, self.bits), arrays[0].astype(np.uint8), 2),)
 
 
 @dataclass(frozen=True)
-class UnpackCodes(Op):
+class UnpackCodes(Packing):
     """The inverse of `PackCodes`, to codes u8 [rows, K]."""
 
     bits: int
     rows: int
 
-    stage = "step"
-    moves_data = True
-
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 5, "codes in panels", *types)
-        panels, groups, *rest = types[0].concrete({})
+        experts, (panels, groups, *rest) = self.check_rank(types, 5, "codes in panels")
         self.expects(rest == [self.bits, PANEL, 4], f"words of {self.bits} bits", *types)
         self.expects(panels == -(-self.rows // PANEL), f"panels of {self.rows} rows", *types)
-        return (TensorType(DType.U8, (self.rows, groups * GROUP)),)
+        return (TensorType(DType.U8, (*experts, self.rows, groups * GROUP)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (unpack_codes(arrays[0].astype(np.uint8), self.bits, self.rows),)
+        return (for_each(lambda w: unpack_codes(w, self.bits, self.rows), arrays[0].astype(np.uint8), 5),)
 
 
 @dataclass(frozen=True)
-class InterleaveGated(Op):
+class InterleaveGated(Packing):
     """[2n, k], gate rows then up rows -> [16 · ceil(n / 8), k]: 8 rows of gate, their 8 of up, and so on."""
 
-    stage = "step"
-    moves_data = True
-
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 2, "one matrix", *types)
-        n, k = types[0].concrete({})
-        return (TensorType(types[0].dtype, (-(-n // 2 // HALF) * PANEL, k)),)
+        experts, (n, k) = self.check_rank(types, 2, "one matrix")
+        return (TensorType(types[0].dtype, (*experts, -(-n // 2 // HALF) * PANEL, k)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        half = len(arrays[0]) // 2
-        return (interleave(arrays[0][:half], arrays[0][half:]),)
+        return (for_each(lambda w: interleave(*np.split(w, 2)), arrays[0], 2),)
 
 
 @dataclass(frozen=True)
-class SeparateGated(Op):
+class SeparateGated(Packing):
     """The inverse of `InterleaveGated`; `rows` is the number of gate rows."""
 
     rows: int
 
-    stage = "step"
-    moves_data = True
-
     def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
-        self.expects(len(types) == 1 and types[0].rank == 2, "one matrix", *types)
-        return (TensorType(types[0].dtype, (2 * self.rows, types[0].shape[1])),)
+        experts, (_, k) = self.check_rank(types, 2, "one matrix")
+        return (TensorType(types[0].dtype, (*experts, 2 * self.rows, k)),)
 
     def reference(self, *arrays: Array) -> tuple[Array, ...]:
-        return (np.concatenate(separate(arrays[0], self.rows)),)
+        return (for_each(lambda w: np.concatenate(separate(w, self.rows)), arrays[0], 2),)
 
 
 @dataclass(frozen=True)

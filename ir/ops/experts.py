@@ -19,7 +19,7 @@ GATE_FACTOR = 1.702
 
 
 class Mixture(Op, abstract=True):
-    """What ops over experts share: attributes, and the parts of their expansions.
+    """What ops over experts share.
 
     `gating` "product": activation(gate) · up. "clamped": (up + 1) · gate · sigmoid(1.702 · gate), where gate is at most
     `limit` and up within ± `limit`; its activation is "none". `experts_per_token`: how many weights of a token are not
@@ -57,24 +57,6 @@ class Mixture(Op, abstract=True):
         fits = 0 <= self.experts_per_token <= experts
         self.expects(fits, f"experts_per_token at most {experts}, or 0 for all", self.experts_per_token)
         return experts
-
-    def gated(self, b: Emitter, both: Value) -> Value:
-        """[..., 2 · i], gate then up -> [..., i]."""
-        axis, width = both.type.rank - 1, both.type.shape[-1]
-        assert isinstance(width, int)
-        gate = b.slice(both, axis=axis, start=0, stop=width // 2)
-        up = b.slice(both, axis=axis, start=width // 2, stop=width)
-        result: Value
-        if self.gating == "product":
-            activation = ACTIVATIONS[self.activation]()
-            active = activation.decompose(b, gate) if activation.decomposes else b(activation, gate)
-            result = b.mul(active, up)
-            return result
-        gate = b.clamp(gate, low=-math.inf, high=self.limit)
-        up = b.clamp(up, low=-self.limit, high=self.limit)
-        active = b.mul(gate, b.sigmoid(b.mul_scalar(gate, value=GATE_FACTOR)))
-        result = b.mul(b.add_scalar(up, value=1.0), active)
-        return result
 
     def cost(self, *types: TensorType) -> Cost:
         """The experts that tokens take: for work those of each token, for traffic as many as these can be at most.
@@ -131,8 +113,26 @@ class Experts(Mixture):
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
         x, weights, gate_up, down, *biases = values
-        inner = self.gated(b, products(b, x, gate_up, *biases[:1]))
+        inner = gated(b, products(b, x, gate_up, *biases[:1]), self.activation, self.gating, self.limit)
         return weighted_sum(b, weights, products(b, inner, down, *biases[1:]))
+
+
+def gated(b: Emitter, both: Value, activation: str, gating: str, limit: float) -> Value:
+    """[..., 2 · i], gate then up -> [..., i], with the attributes of a `Mixture`."""
+    axis, width = both.type.rank - 1, both.type.shape[-1]
+    assert isinstance(width, int)
+    gate = b.slice(both, axis=axis, start=0, stop=width // 2)
+    up = b.slice(both, axis=axis, start=width // 2, stop=width)
+    result: Value
+    if gating == "product":
+        op = ACTIVATIONS[activation]()
+        result = b.mul(op.decompose(b, gate) if op.decomposes else b(op, gate), up)
+        return result
+    gate = b.clamp(gate, low=-math.inf, high=limit)
+    up = b.clamp(up, low=-limit, high=limit)
+    active = b.mul(gate, b.sigmoid(b.mul_scalar(gate, value=GATE_FACTOR)))
+    result = b.mul(b.add_scalar(up, value=1.0), active)
+    return result
 
 
 def products(b: Emitter, x: Value, weight: Value, *bias: Value) -> Value:

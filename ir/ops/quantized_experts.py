@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmc.ir.op import Emitter, Value
-from llmc.ir.ops.experts import Mixture, products, weighted_sum
+from llmc.ir.ops.experts import Mixture, gated, products, weighted_sum
 from llmc.ir.ops.quantized import Quantized, weight_bytes
 from llmc.ir.quant import INTEGER_FORMATS
 from llmc.ir.types import DType, TensorType
@@ -55,7 +55,7 @@ class QuantizedExperts(Mixture, Quantized):
         tokens, experts = weights.type.shape
         assert isinstance(experts, int)
         both = products(b, self._rounded(b, x), self._weight(b, experts, *codes[:2], x.type.shape[1]), *biases[:1])
-        inner = self.gated(b, both)
+        inner = gated(b, both, self.activation, self.gating, self.limit)
         width = inner.type.shape[2]
         rows = self._rounded(b, b.reshape(inner, shape=(tokens * experts, width)))
         inner = b.reshape(rows, shape=(experts, tokens, width))

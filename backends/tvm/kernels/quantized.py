@@ -81,8 +81,8 @@ def experts_quantized_gated_linear(
 
 
 def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, quantized, best, segments=(0, 1)):
-    """`columns`: outputs of one panel; `result` as in `kernels.outputs`; `quantized`: whether y is; `segments`: how many
-    matrices there are, each for a segment of rows, and how many rows a token has; 0 is one matrix for all."""
+    """`columns`: outputs of one panel; `result` as in `kernels.outputs`; `quantized`: whether y is; `segments`: how
+    many matrices there are, each for a segment of rows, and how many rows a token has; 0 is one matrix for all."""
     experts, per_token = segments
     L, V = isa.lanes, isa.vectors
     dot = dot_of(isa, bits)
