@@ -122,14 +122,23 @@ class Backend(Protocol[EntryT]):
 def plan_head(entries: Sequence[Entry], step: Graph, block_size: int) -> dict[str, Any]:
     """What the plans of all backends begin with."""
     states = [v.op.state for v in step.states if isinstance(v.op, StateInput)]
+    windows = [group.window for group in step.layer_groups]
     limits = {n: max(e.bounds[n][1] for e in entries if n in e.bounds) for n in ("tokens", "sequences", "outputs")}
     return {
         "block_size": block_size,
         "arena_bytes": max(entry.memory.peak for entry in entries),
         "symbols": list(SYMBOLS),
         "limits": limits,
+        "groups": [{"name": group.name, "window": group.window} for group in step.layer_groups],
         "states": [
-            {"name": s.name, "kind": s.kind, "dtype": s.dtype.value, "block_shape": list(s.shape[1:])} for s in states
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "dtype": s.dtype.value,
+                "block_shape": list(s.shape[1:]),
+                "group": windows.index(s.window),
+            }
+            for s in states
         ],
     }
 

@@ -112,8 +112,10 @@ def parameter_name(value: Value) -> str:
 def linear_cost(node: Node, what: str) -> tuple[int, int, int]:
     """(fixed, for each token, for each token of context) at batch 1, from three evaluations."""
 
+    num_blocks = {s.name: 1 for v in node.inputs for s in v.type.symbols if s.name.startswith("num_blocks")}
+
     def at(tokens: int, blocks: int) -> int:
-        sizes = {"tokens": tokens, "sequences": 1, "outputs": 1, "max_blocks": blocks, "num_blocks": 1}
+        sizes = {"tokens": tokens, "sequences": 1, "outputs": 1, "max_blocks": blocks, **num_blocks}
         cost = node.op.cost(*(v.type.substitute(dict(sizes)) for v in node.inputs))
         return int(getattr(cost, what))
 

@@ -18,7 +18,7 @@ import numpy as np
 from llmc.ir.errors import LlmcError
 from llmc.ir.op import Array
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """What `llmc.runtime.manifest` reads."""
 LAUNCHER = "launcher.so"
 """What starts kernels on a GPU; in a package without it the runtime starts them through ctypes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -19,7 +20,8 @@ from llmc.ir.types import Dim, DType, Linear, Shape, Sym, TensorType, substitute
 class State:
     """What outlives a step: a KV cache in pages, a recurrent slot. The compiler declares it, the runtime allocates it.
 
-    `shape` begins with the symbolic number of blocks; `layer_group` names the layers that share a block table.
+    `shape` begins with the symbolic number of blocks; `layer_group` names the layers that share a block table: `full`
+    for those that see all of a sequence, `window_<n>` for those that see its last n tokens.
     """
 
     name: str
@@ -27,6 +29,44 @@ class State:
     dtype: DType
     shape: Shape
     layer_group: str = "full"
+
+    @property
+    def window(self) -> int:
+        """How many tokens its layers see; 0 for all."""
+        found = re.fullmatch(r"full|window_([1-9]\d*)", self.layer_group)
+        if found is None:
+            raise LlmcError(
+                f"state {self.name!r}: the layer group is {self.layer_group!r}, expected 'full' or 'window_<tokens>'"
+            )
+        return int(found[1] or 0)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that share a block table, as all see the last `window` tokens, or (0) every token, and what is theirs in a
+    step: `num_blocks`, the symbol that counts the blocks of their states, and the names of two inputs."""
+
+    window: int
+    num_blocks: str
+    slot_mapping: str
+    block_tables: str
+
+    @property
+    def name(self) -> str:
+        """As states have it."""
+        return f"window_{self.window}" if self.window else "full"
+
+
+def layer_groups(windows: Iterable[int]) -> tuple[LayerGroup, ...]:
+    """The groups of layers with these windows: what sees everything first, then narrow windows before wide.
+
+    The names of the first one's are plain, those of the others end in `_<group>`. Without any window there is `full`.
+    """
+    found: list[LayerGroup] = []
+    for window in sorted(set(windows)) or [0]:
+        suffix = f"_window_{window}" if found else ""
+        found.append(LayerGroup(window, f"num_blocks{suffix}", f"slot_mapping{suffix}", f"block_tables{suffix}"))
+    return tuple(found)
 
 
 class Leaf(Op, abstract=True):
@@ -135,6 +175,11 @@ class Graph:
             if all(v.node in found or isinstance(v.op, Param) for v in node.inputs):
                 found.add(node)
         return frozenset(found)
+
+    @cached_property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The groups of layers that its states belong to."""
+        return layer_groups(v.op.state.window for v in self.states if isinstance(v.op, StateInput))
 
     def leaf(self, label: str) -> Value:
         """The input, parameter or state of that name."""

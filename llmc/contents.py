@@ -15,7 +15,7 @@ from llmc.backends.base import Kernels
 from llmc.backends.package import LAUNCHER
 from llmc.backends.render import render
 from llmc.importers.hf import ImportedModel
-from llmc.ir.graph import Graph
+from llmc.ir.graph import Graph, StateInput
 from llmc.ir.printer import INLINE
 from llmc.ir.target import Target
 from llmc.ir.types import DType
@@ -86,13 +86,17 @@ def graph_files(graphs: Mapping[str, Graph]) -> dict[str, bytes]:
     return files
 
 
-def state_bytes_per_token(step: Graph, block_size: int) -> int:
-    """Bytes of state that one token of context takes, over all layers."""
-    total = 0
+def state_sizes(step: Graph, block_size: int) -> dict[str, int]:
+    """Bytes of state: `kv_bytes_per_token` for each token of context in layers that keep all of them, and
+    `kv_bytes_of_windows` for the last tokens of a sequence in the others, when they fill their windows."""
+    sizes = {"kv_bytes_per_token": 0, "kv_bytes_of_windows": 0}
     for value in step.states:
+        assert isinstance(value.op, StateInput)
         elements = 1
         for dim in value.type.shape[1:]:
             assert isinstance(dim, int)
             elements *= dim
-        total += elements * value.type.dtype.itemsize
-    return total // block_size
+        token = elements * value.type.dtype.itemsize // block_size
+        window = value.op.state.window
+        sizes["kv_bytes_of_windows" if window else "kv_bytes_per_token"] += token * (window or 1)
+    return sizes

@@ -14,7 +14,7 @@ from llmc.backends.package import PackageWriter, check_name, to_json
 from llmc.backends.wheel import write_wheel
 from llmc.checks import make_checks
 from llmc.compile_report import CompileReport
-from llmc.contents import graph_files, make_manifest, runtime_files, state_bytes_per_token
+from llmc.contents import graph_files, make_manifest, runtime_files, state_sizes
 from llmc.dtypes import check_8_bit_floats, check_kv_quant, compute_dtype, kv_dtype
 from llmc.entries import specialised
 from llmc.importers.hf import import_model
@@ -108,7 +108,7 @@ def compile_model(
         report.sizes = {
             "weights": package.files["weights.bin"]["bytes"],
             "kernels": sum(map(len, kernels.files.values())),
-            "kv_bytes_per_token": state_bytes_per_token(step, options.block_size),
+            **state_sizes(step, options.block_size),
             "arena": max(entry.memory.peak for entry in entries),
             "private": max(entry.private.peak for entry in entries),
         }

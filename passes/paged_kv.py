@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.ir.errors import LlmcError
-from llmc.ir.graph import Graph, Input, State, StateInput, substitute_attributes
+from llmc.ir.graph import Graph, Input, LayerGroup, State, StateInput, layer_groups, substitute_attributes
 from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.attention import Attention, PagedAttention
 from llmc.ir.ops.cache import KvAppend
@@ -20,6 +20,10 @@ from llmc.passes.token_axes import token_axes
 class PagedKv(Pass):
     """Every `attention` becomes `kv_append` and `paged_attention` over two states, `<place>.key` and `<place>.value`;
     with dtype i8 these are codes, and `<place>.key_scale` and `<place>.value_scale` their scales.
+
+    Layers whose attention has a window are a group of their own for each window, `window_<tokens>`, beside `full`: the
+    group has a number of blocks, a slot_mapping and block_tables of its own (see `ir.graph.layer_groups`), in which
+    entries for blocks that lie wholly before the window may be anything.
 
     Takes token_ids and positions i32 [tokens] to logits [tokens, vocab]. Adds the inputs slot_mapping i32 [tokens],
     query_start i32 [sequences + 1], block_tables i32 [sequences, max_blocks] and logit_rows i32 [outputs]; logits
@@ -72,16 +76,15 @@ class PagedKv(Pass):
         """The one sequence in shuffled blocks; what is in no block of it is NaN."""
         count = len(given.inputs["positions"])
         blocks = -(-count // self.block_size)
-        table = np.random.default_rng(count).permutation(blocks + 2)[:blocks]
+        random = np.random.default_rng(count)
         positions = np.asarray(given.inputs["positions"], np.int64)
-        inputs = {
-            **given.inputs,
-            "slot_mapping": table[positions // self.block_size] * self.block_size + positions % self.block_size,
-            "query_start": np.array([0, count]),
-            "block_tables": table[None, :],
-            "logit_rows": np.arange(count),
-        }
-        sizes = {"num_blocks": blocks + 2}
+        inputs = {**given.inputs, "query_start": np.array([0, count]), "logit_rows": np.arange(count)}
+        sizes = {}
+        for group in after.layer_groups:
+            table = random.permutation(blocks + 2)[:blocks]
+            slots = table[positions // self.block_size] * self.block_size + positions % self.block_size
+            inputs |= {group.slot_mapping: slots, group.block_tables: table[None, :]}
+            sizes[group.num_blocks] = blocks + 2
         states = {
             v.op.state.name: np.full(v.type.concrete(sizes), np.nan if v.type.dtype.is_float else 127)
             for v in after.states
@@ -103,7 +106,8 @@ def _check_interface(graph: Graph) -> Sym:
     tokens = dims.pop() if len(dims) == 1 else None
     if not isinstance(tokens, Sym) or {TensorType(DType.I32, (Linear(((tokens, 1),)),))} != set(inputs.values()):
         raise LlmcError(f"expected token_ids and positions i32[tokens], given {', '.join(map(str, inputs.values()))}")
-    clash = {"tokens", "sequences", "max_blocks", "num_blocks", "outputs"} & set(graph.symbols) - {tokens.name}
+    taken = {"tokens", "sequences", "max_blocks", "num_blocks", "outputs"}
+    clash = {name for name in graph.symbols if name in taken or name.startswith("num_blocks_")} - {tokens.name}
     if clash:
         raise LlmcError(f"the symbols {', '.join(sorted(clash))} are taken already")
     return tokens
@@ -120,14 +124,16 @@ class _Paging:
         """The last version of each state by its first."""
         self.names: set[str] = set()
         sequences, max_blocks = symbol("sequences"), symbol("max_blocks")
-        self.slots = self.input("slot_mapping", self.positions.type.shape)
-        self.query_start = self.input("query_start", (sequences + 1,))
-        self.tables = self.input("block_tables", (sequences, max_blocks))
+        self.groups = layer_groups(n.op.window for n in graph.nodes if isinstance(n.op, Attention))
+        for group in self.groups:
+            self.input(group.slot_mapping, self.positions.type.shape)
+            self.query_start = self.input("query_start", (sequences + 1,))
+            self.input(group.block_tables, (sequences, max_blocks))
 
     def input(self, label: str, shape: tuple[Dim, ...]) -> Value:
-        """A new i32 input."""
-        self.inputs[label] = Value(Node(Input(label), (), (TensorType(DType.I32, shape),)))
-        return self.inputs[label]
+        """A new i32 input, made when it is first asked for."""
+        value = Value(Node(Input(label), (), (TensorType(DType.I32, shape),)))
+        return self.inputs.setdefault(label, value)
 
     def emit(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         """What takes the node's place."""
@@ -139,24 +145,26 @@ class _Paging:
         q, k, v, positions, *per_head = inputs
         if positions != self.positions:
             raise LlmcError(f"{node!r} has positions of its own; a step has one vector of positions")
-        blocks, size = symbol("num_blocks"), self.options.block_size
+        group = next(group for group in self.groups if group.window == op.window)
+        slots, tables = self.inputs[group.slot_mapping], self.inputs[group.block_tables]
+        blocks, size = symbol(group.num_blocks), self.options.block_size
         place = self._unique(node.loc)
         kv, scaled = self.options.dtype, self.options.dtype is DType.I8
         states = [
-            self._state(f"{place}.key", kv, (blocks, op.num_kv_heads, op.head_dim, size)),
-            self._state(f"{place}.value", kv, (blocks, op.num_kv_heads, size, op.value_width)),
+            self._state(group, f"{place}.key", kv, (blocks, op.num_kv_heads, op.head_dim, size)),
+            self._state(group, f"{place}.value", kv, (blocks, op.num_kv_heads, size, op.value_width)),
         ]
         if scaled:
             scales = (blocks, op.num_kv_heads, size)
-            states += [self._state(f"{place}.{of}_scale", DType.F32, scales) for of in ("key", "value")]
+            states += [self._state(group, f"{place}.{of}_scale", DType.F32, scales) for of in ("key", "value")]
         append = KvAppend(op.num_kv_heads, op.head_dim, scaled, op.value_dim)
-        caches = b(append, k, v, self.slots, *states)
+        caches = b(append, k, v, slots, *states)
         self.states.update(zip(states, caches, strict=True))
         paged = PagedAttention(**vars(op), scaled=scaled)
-        return (b.one(paged, q, *caches, positions, self.query_start, self.tables, *per_head),)
+        return (b.one(paged, q, *caches, positions, self.query_start, tables, *per_head),)
 
-    def _state(self, name: str, dtype: DType, shape: tuple[Dim, ...]) -> Value:
-        state = State(name, "paged_kv", dtype, shape)
+    def _state(self, group: LayerGroup, name: str, dtype: DType, shape: tuple[Dim, ...]) -> Value:
+        state = State(name, "paged_kv", dtype, shape, group.name)
         return Value(Node(StateInput(state), (), (TensorType(state.dtype, shape),)))
 
     def _unique(self, place: str) -> str:

@@ -30,7 +30,8 @@ def random_trial(graph: Graph, seed: int = 0, tokens: int = 5) -> Trial:
     """Inputs and states of a graph at small sizes.
 
     token_ids fit the tables that they index; positions count from 0. A step gets a batch of sequences (as many as its
-    bounds allow, of different lengths, with a past) in shuffled blocks; what belongs to no sequence is NaN.
+    bounds allow, of different lengths, with a past) in shuffled blocks; what belongs to no sequence, or lies in a block
+    that no window shows, is NaN.
     """
     rng = np.random.default_rng(seed)
     inputs = {v.op.label: v for v in graph.inputs if isinstance(v.op, Input)}
@@ -77,29 +78,36 @@ def _batch(graph: Graph, rng: np.random.Generator, tokens: int) -> Trial:
     sizes = [v.type.shape[3] for v in states if getattr(v.op, "label", "").endswith("key")]
     size = next((s for s in sizes if isinstance(s, int)), 16)
     needed = -(-(past + lengths) // size)
-    num_blocks = int(needed.sum()) + 2
-    free = rng.permutation(num_blocks)
-    tables = rng.integers(0, num_blocks, (sequences, int(needed.max()) + 1))
-    for s in range(sequences):
-        tables[s, : needed[s]], free = free[: needed[s]], free[needed[s] :]
     positions = np.concatenate([past[s] + np.arange(lengths[s]) for s in range(sequences)])
     owner = np.repeat(np.arange(sequences), lengths)
     outputs = min(count, symbols["outputs"].max or count) if "outputs" in symbols else count
     arrays = {
         "token_ids": rng.integers(0, _rows(graph, inputs["token_ids"]), count),
         "positions": positions,
-        "slot_mapping": tables[owner, positions // size] * size + positions % size,
         "query_start": query_start,
-        "block_tables": tables,
-        "logit_rows": rng.permutation(count)[:outputs],
     }
-    filled = {v.op.state.name: _filled(v, rng, num_blocks, free) for v in states if isinstance(v.op, StateInput)}
+    filled: dict[str, Array] = {}
+    for group in graph.layer_groups:
+        first = np.maximum(past - group.window + 1, 0) // size if group.window else np.zeros(sequences, int)
+        num_blocks = int((needed - first).sum()) + 2
+        free = rng.permutation(num_blocks)
+        tables = rng.integers(0, num_blocks, (sequences, int(needed.max()) + 1))
+        for s in range(sequences):
+            held = int(needed[s] - first[s])
+            tables[s, first[s] : needed[s]], free = free[:held], free[held:]
+        arrays[group.slot_mapping] = tables[owner, positions // size] * size + positions % size
+        arrays[group.block_tables] = tables
+        for value in states:
+            assert isinstance(value.op, StateInput)
+            if value.op.state.layer_group == group.name:
+                filled[value.op.label] = _filled(value, rng, group.num_blocks, num_blocks, free)
+    arrays["logit_rows"] = rng.permutation(count)[:outputs]
     return Trial({label: arrays[label] for label in inputs}, filled)
 
 
-def _filled(state: Value, rng: np.random.Generator, num_blocks: int, free: Array) -> Array:
+def _filled(state: Value, rng: np.random.Generator, symbol: str, num_blocks: int, free: Array) -> Array:
     """A past of random keys or values; blocks that no sequence owns are NaN."""
-    shape = state.type.concrete({"num_blocks": num_blocks})
+    shape = state.type.concrete({symbol: num_blocks})
     if not state.type.dtype.is_float:
         return rng.integers(-127, 128, shape)  # codes, whose scales are NaN there
     array = rng.standard_normal(shape)

@@ -105,7 +105,7 @@ def test_the_report(
         assert chosen["microseconds"] == pytest.approx(10 * chosen["stages"])
         assert 0 < chosen["bandwidth"] < 1 and chosen["modelled"] > 0
     report = CompileReport(tmp_path / "package", tuning=written["tuning"], seconds={"tuning": 1.5})
-    report.sizes = dict.fromkeys(("weights", "kernels", "kv_bytes_per_token"), 1)
+    report.sizes = dict.fromkeys(("weights", "kernels", "kv_bytes_per_token", "kv_bytes_of_windows"), 1)
     report.memory = {"decode": {"peak": 1, "naive": 1}}
     print_compile_report(report)
     count = len(table["products"])

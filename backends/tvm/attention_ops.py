@@ -151,8 +151,9 @@ class SplitAttention(_Heads):
         n, first = self.leading + 1 + self.states, self.leading + 1
         append = AppendKeys(**self.heads, **self.rotation).cost(*types[:n])
         positions, tables = types[n:]
+        starts = TensorType(positions.dtype, (tables.shape[0] + 1,))
         return append + _attention_cost(
-            self, self.scale, types[: self.leading], (*types[first:n], positions, positions, tables)
+            self, self.scale, types[: self.leading], (*types[first:n], positions, starts, tables)
         )
 
 

@@ -24,6 +24,7 @@ from llmc.runtime.cuda_driver import Device
 from llmc.runtime.cuda_executor import CudaExecutor
 from llmc.runtime.cuda_kernels import read_images, read_kernels
 from llmc.runtime.cuda_plan import CudaPlan, read_cuda_plan
+from llmc.runtime.plan import FULL, LayerGroup, slot_inputs, table_inputs
 
 COPIES = 2
 """Nodes of a step's graph that are no kernels: inputs to the device, tokens back."""
@@ -50,7 +51,7 @@ class BenchExecutor(CudaExecutor):
         """Random weights, and random keys and values in every block."""
         fill_parameters(device_bytes(self._regions["weights"], self.memory.weights), parameters, width, constants)
         for place, state in zip(self._states, self.plan.states, strict=True):
-            fill_state(device_bytes(place, self.memory.blocks * state.block_bytes), state.dtype)
+            fill_state(device_bytes(place, self.memory.blocks[state.group] * state.block_bytes), state.dtype)
 
     def start(self, entry: str, batch: Batch, count: int) -> None:
         """Start so many steps that are all alike; whether it waits is the device's affair."""
@@ -107,9 +108,12 @@ class OpenPackage:
     def facts(self, row: Row) -> dict[str, Any]:
         """Of a row's step: bytes by the plan, kernels, nodes of its graph, and the memory that it needs."""
         launches, memory, context = self.launches(row), self.executor.memory, row.context if row.kind == "decode" else 0
-        blocks = row.batch * blocks_of(row, self.plan.block_size)
+        size, groups = self.plan.block_size, self.plan.groups
         parts = {name: getattr(memory, name) for name in ("weights", "arena", "workspace", "inputs", "outputs")}
-        parts["cache"] = blocks * sum(state.block_bytes for state in self.plan.states)
+        parts["cache"] = sum(
+            row.batch * len(seen_blocks(row, size, groups[state.group])) * state.block_bytes
+            for state in self.plan.states
+        )
         return {
             "plan_bytes": plan_bytes(launches, row.tokens, row.batch * context),
             "kernels": len(launches),
@@ -121,9 +125,12 @@ class OpenPackage:
 
     def steps(self, row: Row) -> PackageSteps:
         """A row's step. Raises `ValueError` where the cache that fits has too few blocks for it."""
-        need, have = row.batch * blocks_of(row, self.plan.block_size), self.executor.num_blocks
-        if need > have:
-            raise ValueError(f"{row.name} needs {need} blocks of keys and values, and the GPU's memory holds {have}")
+        for group, have in zip(self.plan.groups, self.executor.num_blocks, strict=True):
+            need = row.batch * len(seen_blocks(row, self.plan.block_size, group))
+            if need > have:
+                raise ValueError(
+                    f"{row.name} needs {need} blocks of keys and values, and the GPU's memory holds {have}"
+                )
         return PackageSteps(self, row)
 
     def close(self) -> None:
@@ -136,7 +143,7 @@ class PackageSteps:
 
     def __init__(self, package: OpenPackage, row: Row) -> None:
         self._package, self._entry = package, row.entry
-        self._batch = make_batch(row, package.plan.block_size, package.executor.vocab_size)
+        self._batch = make_batch(row, package.plan.block_size, package.executor.vocab_size, package.plan.groups)
 
     def start(self, count: int) -> None:
         """See `timing.Steps`."""
@@ -159,11 +166,9 @@ class PackageSteps:
             raise ValueError(f"a step's logits are not finite, or all alike: {logits.min()} to {logits.max()}")
 
 
-def make_batch(row: Row, block_size: int, vocabulary: int) -> Batch:
+def make_batch(row: Row, block_size: int, vocabulary: int, groups: tuple[LayerGroup, ...] = (FULL,)) -> Batch:
     """A row's inputs: every sequence has blocks of its own, scattered over the cache."""
     draw = np.random.default_rng(0)
-    blocks = blocks_of(row, block_size)
-    tables = draw.permutation(row.batch * blocks).reshape(row.batch, blocks).astype(np.int32)
     if row.kind == "decode":
         positions = np.full(row.batch, row.context, np.int32)
         owners, query_start = np.arange(row.batch), np.arange(row.batch + 1, dtype=np.int32)
@@ -172,14 +177,22 @@ def make_batch(row: Row, block_size: int, vocabulary: int) -> Batch:
         positions = np.arange(row.context, dtype=np.int32)
         owners, query_start = np.zeros(row.context, np.int64), np.array([0, row.context], np.int32)
         rows = np.array([row.context - 1], np.int32)
-    slots = tables[owners, positions // block_size] * block_size + positions % block_size
+    pages: dict[str, Any] = {}
+    for group, slot_input, table_input in zip(groups, slot_inputs(groups), table_inputs(groups), strict=True):
+        seen = seen_blocks(row, block_size, group)
+        tables = np.zeros((row.batch, seen.stop), np.int32)
+        tables[:, seen.start :] = draw.permutation(row.batch * len(seen)).reshape(row.batch, len(seen))
+        slots = tables[owners, positions // block_size] * block_size + positions % block_size
+        pages |= {slot_input: slots.astype(np.int32), table_input: tables}
     tokens = draw.integers(0, vocabulary, len(positions)).astype(np.int32)
-    return Batch(tokens, positions, slots.astype(np.int32), query_start, tables, rows)
+    slot_mapping, block_tables = pages.pop("slot_mapping"), pages.pop("block_tables")
+    return Batch(tokens, positions, slot_mapping, query_start, block_tables, rows, others=pages)
 
 
-def blocks_of(row: Row, block_size: int) -> int:
-    """Blocks of one sequence of a row, with the step's tokens."""
-    return -(-(row.context + (row.kind == "decode")) // block_size)
+def seen_blocks(row: Row, block_size: int, group: LayerGroup = FULL) -> range:
+    """The blocks of one sequence of a row that its step sees in a group of layers, the step's tokens among them."""
+    first = max(0, row.context - group.window + 1) if group.window and row.kind == "decode" else 0
+    return range(first // block_size, -(-(row.context + (row.kind == "decode")) // block_size))
 
 
 def read_constants(folder: Path, parameters: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -22,9 +22,12 @@ def print_compile_report(report: CompileReport) -> None:
         table.add_row(phase, f"{seconds:.2f} s", _detail(report, phase))
     console.print(table)
     sizes = report.sizes
+    cache = f"{sizes['kv_bytes_per_token']:,} bytes a token"
+    if sizes["kv_bytes_of_windows"]:
+        cache += f" and {sizes['kv_bytes_of_windows'] / 1e6:.1f} MB a sequence"
     console.print(
         f"{report.package.name}: weights {sizes['weights'] / 1e6:.1f} MB, kernels {sizes['kernels'] / 1e6:.2f} MB,"
-        f" KV cache {sizes['kv_bytes_per_token']:,} bytes a token, peak memory {report.peak_memory / 1e6:.0f} MB",
+        f" KV cache {cache}, peak memory {report.peak_memory / 1e6:.0f} MB",
         soft_wrap=True,
     )
     peak, naive = (max(plan[which] for plan in report.memory.values()) for which in ("peak", "naive"))

@@ -19,7 +19,7 @@ from llmc.ir.op import Array, Node, Value
 from llmc.packages import open_package
 from llmc.passes.plan_memory import storage
 from llmc.runtime.batch import SAMPLING_WORDS, Batch, Chunk, build_batch
-from llmc.runtime.plan import INPUTS
+from llmc.runtime.plan import inputs_of
 
 _PROMPT_LENGTHS = (24, 7)
 
@@ -103,8 +103,11 @@ def first_divergent(model: Any, graph: Graph, load: Callable[[str], Array], tole
         chunks = [Chunk(table, prompt, 1) for table, prompt in zip(tables, prompts, strict=True)]
         batch = build_batch(chunks, engine.executor.block_size)
         sizes = dict(zip(("tokens", "sequences", "max_blocks", "outputs"), batch.dims, strict=True))
-        sizes["num_blocks"] = int(batch.block_tables.max()) + 1
-        values = _Reference(graph, {name: getattr(batch, name) for name in INPUTS} | _greedy(batch), load, sizes)
+        paged = ((name, batch.input(name)) for name in inputs_of(engine.executor.groups))
+        inputs = {name: array for name, array in paged if array is not None} | _greedy(batch)
+        for group in graph.layer_groups:
+            sizes[group.num_blocks] = int(inputs[group.block_tables].max()) + 1
+        values = _Reference(graph, inputs, load, sizes)
         arguments = arguments_of(model.info["target"]["kind"])
         named = [(n, arguments(n)) for n in graph.nodes if n not in graph.parameter_only]
         launched = [(n, given) for n, given in named if given is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from threading import RLock
 from typing import Protocol
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .kv_cache import BlockTable
-from .plan import Limits
+from .plan import LayerGroup, Limits, slot_inputs, table_inputs
 from .timings import Profile
 
 Int32 = NDArray[np.int32]
@@ -42,9 +42,12 @@ class Batch:
     `token_ids`, `positions`, `slot_mapping`: [tokens], all sequences' new tokens one after another, each with its
     position in its sequence and the slot (block * block_size + offset) that its key and value go to.
     `query_start`: [sequences + 1]; sequence s owns the tokens query_start[s]..query_start[s + 1].
-    `block_tables`: [sequences, max_blocks]; entries past a sequence's length are arbitrary.
+    `block_tables`: [sequences, max_blocks]; entries past a sequence's length are arbitrary, and so are those before
+    what a window shows.
     `logit_rows`: [outputs], which tokens' logits are wanted.
     `sampling`: [outputs, 8], how a device that samples draws the next token; None: the first maximum.
+    `slot_mapping` and `block_tables` are those of the first group of layers; `others` are those of the other groups, by
+    name (see `plan.inputs_of`).
     """
 
     token_ids: Int32
@@ -54,6 +57,12 @@ class Batch:
     block_tables: Int32
     logit_rows: Int32
     sampling: Int32 | None = None
+    others: Mapping[str, Int32] = field(default_factory=dict)
+
+    def input(self, name: str) -> Int32 | None:
+        """An input by its name in plans."""
+        found: Int32 | None = self.others[name] if name in self.others else getattr(self, name)
+        return found
 
     @property
     def dims(self) -> tuple[int, int, int, int]:
@@ -100,7 +109,9 @@ class Executor(Protocol):
     lock: RLock
     limits: Limits
     block_size: int
-    num_blocks: int
+    groups: tuple[LayerGroup, ...]
+    num_blocks: tuple[int, ...]
+    """The number of blocks that each group of layers has."""
     vocab_size: int
     entry_tokens: Mapping[str, tuple[int, int]]
     """The least and the most tokens that each entry point takes, inclusive."""
@@ -110,8 +121,8 @@ class Executor(Protocol):
     def step(self, entry: str, batch: Batch, profile: Profile | None = None) -> StepOutput:
         """Append the batch's tokens and compute the wanted logits."""
 
-    def copy_block(self, source: int, destination: int) -> None:
-        """Copy a whole block of every state."""
+    def copy_block(self, group: int, source: int, destination: int) -> None:
+        """Copy a whole block of every state of a group of layers, given by its number."""
 
     def close(self) -> None:
         """Give the memory and the threads back; no step may follow."""
@@ -121,23 +132,45 @@ def build_batch(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """The inputs for chunks whose tables already have blocks for the new tokens (`BlockTable.extend`)."""
     starts = [0, *accumulate(len(chunk.token_ids) for chunk in chunks)]
     positions = np.empty(starts[-1], np.int32)
-    slot_mapping = np.empty(starts[-1], np.int32)
-    block_tables = np.zeros((len(chunks), max(len(chunk.table.blocks) for chunk in chunks)), np.int32)
     rows: list[int] = []
-    for s, (chunk, start, stop) in enumerate(zip(chunks, starts, starts[1:], strict=False)):
-        blocks, position = chunk.table.blocks, chunk.table.length
-        block_tables[s, : len(blocks)] = blocks
+    for chunk, start, stop in zip(chunks, starts, starts[1:], strict=False):
+        position = chunk.table.length
         if stop - start == 1:  # decoding: worth a branch of its own, this runs for every token of every sequence
             positions[start] = position
-            slot_mapping[start] = int(blocks[position // block_size]) * block_size + position % block_size
         else:
-            span = np.arange(position, position + stop - start, dtype=np.int32)
-            positions[start:stop] = span
-            slot_mapping[start:stop] = blocks[span // block_size] * block_size + span % block_size
+            positions[start:stop] = np.arange(position, position + stop - start, dtype=np.int32)
         rows += range(stop - chunk.outputs, stop)
+    slots, tables = _pages(chunks, starts, positions, block_size)
+    groups = [group.manager.group for group in chunks[0].table.groups]
+    others = {
+        **dict(zip(slot_inputs(groups)[1:], slots[1:], strict=True)),
+        **dict(zip(table_inputs(groups)[1:], tables[1:], strict=True)),
+    }
     token_ids = chunks[0].token_ids if len(chunks) == 1 else np.concatenate([chunk.token_ids for chunk in chunks])
     query_start, logit_rows = np.array(starts, np.int32), np.array(rows, np.int32)
-    return Batch(token_ids, positions, slot_mapping, query_start, block_tables, logit_rows, _sampling(chunks))
+    return Batch(token_ids, positions, slots[0], query_start, tables[0], logit_rows, _sampling(chunks), others)
+
+
+def _pages(
+    chunks: Sequence[Chunk], starts: Sequence[int], positions: Int32, block_size: int
+) -> tuple[list[Int32], list[Int32]]:
+    """slot_mapping and block_tables of each group of layers; all tables have the same width."""
+    width = max(len(group.blocks) for chunk in chunks for group in chunk.table.groups)
+    slots, tables = [], []
+    for number in range(len(chunks[0].table.groups)):
+        slot_mapping = np.empty(len(positions), np.int32)
+        block_tables = np.zeros((len(chunks), width), np.int32)
+        for s, (chunk, start, stop) in enumerate(zip(chunks, starts, starts[1:], strict=False)):
+            blocks, position = chunk.table.groups[number].blocks, chunk.table.length
+            block_tables[s, : len(blocks)] = blocks
+            if stop - start == 1:  # see `build_batch`
+                slot_mapping[start] = int(blocks[position // block_size]) * block_size + position % block_size
+            else:
+                span = positions[start:stop]
+                slot_mapping[start:stop] = blocks[span // block_size] * block_size + span % block_size
+        slots.append(slot_mapping)
+        tables.append(block_tables)
+    return slots, tables
 
 
 def _sampling(chunks: Sequence[Chunk]) -> Int32 | None:

@@ -26,7 +26,7 @@ from .cuda_memory import (
     plan_memory,
     words,
 )
-from .cuda_plan import CUDA_INPUTS, Bucket, CudaLaunch, CudaPlan
+from .cuda_plan import Bucket, CudaLaunch, CudaPlan
 from .errors import ModelError
 from .plan import Buffer
 from .timings import Profile
@@ -63,7 +63,7 @@ class CudaExecutor:
         self._kernels = [kernels[symbol] for symbol in plan.kernels]
         self._sequence_blocks = sequence_blocks
         self.memory = plan_memory(plan, weights_bytes, vocab_size, sequence_blocks, device.memory(), device.name)
-        self.num_blocks = self.memory.blocks
+        self.groups, self.num_blocks = plan.groups, self.memory.blocks
         self._inputs: Int32
         self._chosen: Int32
         try:
@@ -120,13 +120,14 @@ class CudaExecutor:
                 self.device.synchronize(stream)
                 yield partial(self._read, bucket, launch)
 
-    def copy_block(self, source: int, destination: int) -> None:
-        """Copy a whole block of every state."""
+    def copy_block(self, group: int, source: int, destination: int) -> None:
+        """Copy a whole block of every state of a group of layers."""
         with self.lock, self._work():
             stream = self.device.current_stream()
             copies = [
-                Copy("on_device", place + destination * size, place + source * size, size)
-                for place, size in zip(self._states, (s.block_bytes for s in self.plan.states), strict=True)
+                Copy("on_device", place + destination * s.block_bytes, place + source * s.block_bytes, s.block_bytes)
+                for place, s in zip(self._states, self.plan.states, strict=True)
+                if s.group == group
             ]
             self.device.prepare(copies).run(stream)
             self.device.synchronize(stream)
@@ -162,7 +163,7 @@ class CudaExecutor:
         self._states: list[int] = []
         for state in plan.states:
             self._states.append(place)
-            place += aligned(memory.blocks * state.block_bytes)
+            place += aligned(memory.blocks[state.group] * state.block_bytes)
         self._inputs = self.device.allocate_host(memory.inputs).view(np.int32)
         self._chosen = self.device.allocate_host(2 * column).view(np.int32).reshape(2, -1)
         return regions
@@ -191,7 +192,7 @@ class CudaExecutor:
         bucket = described.bucket(tokens)
         key = (entry, bucket.tokens)
         if key not in self._buckets:
-            layout = input_layout(described, bucket, self._sequence_blocks)
+            layout = input_layout(described, bucket, self._sequence_blocks, self.groups)
             addresses = [self._address(buffer, layout) for buffer in self.plan.buffers]
             greedy, inputs = self._regions["greedy"], self._regions["inputs"]
             operations: list[Operation] = [
@@ -253,19 +254,21 @@ class _PreparedBucket:
 
     def __init__(self, bucket: Bucket, layout: InputLayout, addresses: list[int], program: Program) -> None:
         self.bucket, self.layout, self.addresses, self.program = bucket, layout, addresses, program
-        self._slices = {name: words(layout, name) for name in layout.places}
+        self._dims = words(layout, "dims")
+        self._slices = {name: words(layout, name) for name in layout.places if name != "dims"}
 
     def take(self, batch: Batch, inputs: Int32) -> None:
         """Put a batch's inputs where the step's first copy reads them, and padding behind: slots of -1, else zeros."""
         dims = batch.dims
-        inputs[self._slices["dims"]] = dims
-        for name in CUDA_INPUTS:
-            target, values = inputs[self._slices[name]], getattr(batch, name)
+        inputs[self._dims] = dims
+        for name, place in self._slices.items():
+            target, values = inputs[place], batch.input(name)
             count = 0
             if values is not None:
                 count = values.size
                 # The device trusts what it is given, so what would write past an input must not reach it.
                 assert count <= target.size, name
                 target[:count] = values.reshape(-1)
-            if name != "block_tables":  # nobody reads a row that no token names, and this one is long
-                target[count:] = -1 if name == "slot_mapping" else dims[0] if name == "query_start" else 0
+            if not name.startswith("block_tables"):  # nobody reads a row that no token names, and this one is long
+                slots = name.startswith("slot_mapping")
+                target[count:] = -1 if slots else dims[0] if name == "query_start" else 0

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .batch import SAMPLING_WORDS
 from .cuda_driver import ALIGNMENT, Copy, Device, address_of
 from .cuda_plan import Bucket, CudaEntry, CudaPlan
 from .errors import ModelError
+from .kv_cache import most_blocks
+from .plan import FULL, LayerGroup, slot_inputs, table_inputs
 
 RESERVED_SHARE, RESERVED_LEAST = 0.05, 512 << 20
 """What stays free for graphs, for code and for others: this share of the free memory, and at least so many bytes."""
@@ -28,17 +33,19 @@ class InputLayout:
     bytes: int
 
 
-def input_layout(entry: CudaEntry, bucket: Bucket, sequence_blocks: int) -> InputLayout:
+def input_layout(
+    entry: CudaEntry, bucket: Bucket, sequence_blocks: int, groups: Sequence[LayerGroup] = (FULL,)
+) -> InputLayout:
     """The layout for the largest step of a bucket; every input begins at a multiple of `ALIGNMENT` bytes."""
     tokens = bucket.tokens
     sequences, outputs = min(tokens, entry.sequences[1]), min(tokens, entry.outputs[1])
     words = {
         "dims": 4,
-        **dict.fromkeys(("token_ids", "positions", "slot_mapping"), tokens),
+        **dict.fromkeys(("token_ids", "positions", *slot_inputs(groups)), tokens),
         "query_start": sequences + 1,
         "logit_rows": outputs,
         "sampling": outputs * SAMPLING_WORDS,
-        "block_tables": sequences * sequence_blocks,
+        **dict.fromkeys(table_inputs(groups), sequences * sequence_blocks),
     }
     places, at = {}, 0
     for name, count in words.items():
@@ -51,7 +58,8 @@ def input_layout(entry: CudaEntry, bucket: Bucket, sequence_blocks: int) -> Inpu
 class MemoryPlan:
     """Bytes of a device: `free` before the model is loaded, and what each part takes.
 
-    `states` are `blocks` blocks of keys and values; one sequence of the longest needs `longest` bytes of them.
+    `states` are keys and values, in `blocks` blocks for each group of layers; one sequence of the longest needs
+    `longest` bytes of them.
     """
 
     total: int
@@ -63,11 +71,11 @@ class MemoryPlan:
     outputs: int
     reserve: int
     states: int
-    blocks: int
+    blocks: tuple[int, ...]
     longest: int
 
-    def info(self) -> dict[str, int]:
-        """For `model.info`: bytes, and the number of blocks."""
+    def info(self) -> dict[str, Any]:
+        """For `model.info`: bytes, and the numbers of blocks."""
         return asdict(self)
 
 
@@ -80,9 +88,7 @@ def plan_memory(
     `ModelError` with all the numbers where not even one longest sequence fits.
     """
     free, total = memory
-    block = sum(state.block_bytes for state in plan.states)
-    elements = max((math.prod(state.block_shape) for state in plan.states), default=1)
-    layouts = [input_layout(e, b, sequence_blocks) for e in plan.entries.values() for b in e.buckets]
+    layouts = [input_layout(e, b, sequence_blocks, plan.groups) for e in plan.entries.values() for b in e.buckets]
     fixed = {
         "weights": aligned(weights),
         "arena": aligned(plan.arena_bytes),
@@ -92,22 +98,59 @@ def plan_memory(
         "reserve": max(int(RESERVED_SHARE * free), RESERVED_LEAST),
     }
     left = free - sum(fixed.values()) - ALIGNMENT * len(plan.states)
-    most = min(plan.limits.sequences * sequence_blocks, _MAX_STATE_ELEMENTS // elements)
-    blocks = min(most, max(0, left) // block) if block else most
+    block_bytes = [sum(s.block_bytes for s in plan.states if s.group == i) for i in range(len(plan.groups))]
+    least = _blocks_for(plan, 1, sequence_blocks)
+    blocks = _divide(plan, max(0, left), sequence_blocks, block_bytes)
     found = MemoryPlan(
         total=total,
         free=free,
         **fixed,
-        states=blocks * block,
+        states=_product(blocks, block_bytes),
         blocks=blocks,
-        longest=sequence_blocks * block,
+        longest=_product(least, block_bytes),
     )
-    if blocks < sequence_blocks or left < 0:
+    if any(have < need for have, need in zip(blocks, least, strict=True)) or found.states > left:
         raise ModelError(
             f"{device}: not enough memory: {_shown(found)}; free memory on the GPU, or compile with a smaller --quant "
             "or --max-sequence-length"
         )
     return found
+
+
+def _blocks_for(plan: CudaPlan, sequences: int, sequence_blocks: int) -> tuple[int, ...]:
+    """The blocks that so many of the longest sequences need in each group of layers."""
+    tokens, size = plan.limits.tokens, plan.block_size
+    return tuple(most_blocks(group, sequences, sequence_blocks, tokens, size) for group in plan.groups)
+
+
+def _divide(plan: CudaPlan, left: int, sequence_blocks: int, block_bytes: Sequence[int]) -> tuple[int, ...]:
+    """The number of blocks of each group of layers, given the bytes of a block of each and how many are left in all.
+
+    Groups with a window get theirs for as many sequences as fit into half of what is left, or for more where all groups
+    have room for more of the longest: these are rare, while a window is soon full. A group without one gets the rest.
+    """
+    of_windows = [size if group.window else 0 for group, size in zip(plan.groups, block_bytes, strict=True)]
+    most = _blocks_for(plan, plan.limits.sequences, sequence_blocks)
+    blocks = least = _blocks_for(plan, 1, sequence_blocks)
+    for_windows = left - _product(least, block_bytes) + _product(least, of_windows)
+    for sequences in range(2, plan.limits.sequences + 1):
+        needed = _blocks_for(plan, sequences, sequence_blocks)
+        if _product(needed, of_windows) <= min(left // 2, for_windows) or _product(needed, block_bytes) <= left:
+            blocks = needed
+    rest = max(0, left - _product(blocks, of_windows))
+    found = []
+    for number, group in enumerate(plan.groups):
+        elements = max((math.prod(s.block_shape) for s in plan.states if s.group == number), default=1)
+        count = blocks[number] if group.window else most[number]
+        if not group.window and block_bytes[number]:
+            count = min(count, rest // block_bytes[number])
+        found.append(min(count, _MAX_STATE_ELEMENTS // elements))
+    return tuple(found)
+
+
+def _product(blocks: Sequence[int], sizes: Sequence[int]) -> int:
+    """Bytes of blocks."""
+    return sum(map(operator.mul, blocks, sizes))
 
 
 def out_of_memory(plan: MemoryPlan, device: str) -> ModelError:

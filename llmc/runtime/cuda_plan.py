@@ -10,22 +10,20 @@ from pathlib import Path
 from .cuda_kernels import Kernel
 from .document import Field, read_document
 from .plan import (
-    INPUTS,
     MAX_BYTES,
     MAX_COUNT,
     OUTPUTS,
     Buffer,
+    LayerGroup,
     Limits,
     StateSpec,
+    inputs_of,
     parse_bounds,
     parse_buffer,
     parse_cost,
     parse_entries,
     parse_head,
 )
-
-CUDA_INPUTS = (*INPUTS, "sampling")
-"""The int32 inputs of a step, as `batch.Batch` names them."""
 
 CUDA_OUTPUTS = (*OUTPUTS, "chosen")
 
@@ -79,6 +77,7 @@ class CudaPlan:
     workspace_bytes: int
     tickets: int
     limits: Limits
+    groups: tuple[LayerGroup, ...]
     states: tuple[StateSpec, ...]
     buffers: tuple[Buffer, ...]
     kernels: tuple[str, ...]
@@ -98,8 +97,9 @@ def parse_cuda_plan(document: Field, weights_bytes: int, kernels: Mapping[str, K
     """Validate a plan; see `read_cuda_plan`."""
     head = parse_head(document)
     sizes = {"arena": head.arena_bytes, "param": weights_bytes}
+    inputs = (*inputs_of(head.groups), "sampling")
     buffers = tuple(
-        parse_buffer(field, sizes, len(head.states), CUDA_INPUTS, CUDA_OUTPUTS, _WHOLE)
+        parse_buffer(field, sizes, len(head.states), inputs, CUDA_OUTPUTS, _WHOLE)
         for field in document.key("buffers").items()
     )
     symbols = tuple(_symbol(field, kernels) for field in document.key("kernels").items())
@@ -114,6 +114,7 @@ def parse_cuda_plan(document: Field, weights_bytes: int, kernels: Mapping[str, K
         document.key("workspace_bytes").integer(0, MAX_BYTES),
         document.key("tickets").integer(0, MAX_COUNT),
         head.limits,
+        head.groups,
         head.states,
         buffers,
         symbols,

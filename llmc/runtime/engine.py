@@ -25,7 +25,6 @@ class Engine:
     def __init__(self, executor: Executor, max_sequence_length: int) -> None:
         self.executor = executor
         self.max_sequence_length = max_sequence_length
-        self.blocks = BlockManager(executor.num_blocks, executor.block_size)
         self.closed = False
         self._tables: weakref.WeakSet[BlockTable] = weakref.WeakSet()
         self._depth = 0
@@ -38,6 +37,11 @@ class Engine:
         """The most sequences that decode together."""
         self.max_tokens = min(limits.tokens, self._prefill_tokens[1])
         """The most new tokens of one step."""
+        self.managers = tuple(
+            BlockManager(count, executor.block_size, group, self.max_tokens)
+            for group, count in zip(executor.groups, executor.num_blocks, strict=True)
+        )
+        """The blocks of each group of layers."""
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -59,7 +63,7 @@ class Engine:
 
     def new_table(self) -> BlockTable:
         """The block table of a new, empty sequence."""
-        table = BlockTable(self.blocks)
+        table = BlockTable(self.managers)
         self._tables.add(table)
         return table
 
@@ -69,9 +73,17 @@ class Engine:
         self._tables.add(other)
         return other
 
+    def keep_table(self, table: BlockTable) -> BlockTable:
+        """See `BlockTable.keep`."""
+        kept = table.keep()
+        self._tables.add(kept)
+        return kept
+
     def reconcile(self) -> None:
         """Count the blocks anew: what a sequence held that is gone without `free` becomes free."""
-        self.blocks.reconcile(list(self._tables))
+        tables = list(self._tables)
+        for i, manager in enumerate(self.managers):
+            manager.reconcile([table.groups[i] for table in tables])
 
     def promise(self, table: BlockTable, tokens: int) -> bool:
         """Keep blocks back so that the sequence can reach `tokens` tokens; False where there are too few."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from .batch import Batch, StepOutput
 from .errors import ModelError
+from .kv_cache import most_blocks
 from .memory import allocate, copy_to_huge_pages, map_file, reserve
 from .native import BARRIER, EACH, LAUNCH, NativeLibrary
-from .plan import INPUTS, Buffer, Entry, Launch, Plan
+from .plan import Buffer, Entry, Launch, Plan, slot_inputs, table_inputs
 from .timings import Profile
 
 _MAX_STATE_ELEMENTS = 1 << 31
@@ -43,7 +44,7 @@ class NativeExecutor:
 
     `sequence_blocks` is how many blocks the longest sequence needs. Memory: the arena, inputs and outputs of the
     largest step; private memory for each thread, of which all but the first touch what a step of `each_tokens` needs;
-    states with room for as many longest sequences as a batch holds, reserved but not touched (fewer
+    states with room for as many longest sequences as a batch holds (see `most_blocks`), reserved but not touched (fewer
     where kernels could not index them or the system refuses so much address space). Raises `ModelError`.
     """
 
@@ -68,6 +69,7 @@ class NativeExecutor:
         self.weights = map_file(weights, weights_bytes)
         if huge_pages:
             self.weights = copy_to_huge_pages(self.weights, library.copy)
+        self.groups = plan.groups
         self.num_blocks, self._states = _allocate_states(plan, sequence_blocks)
         self._arena = reserve(plan.arena_bytes)
         # One region for each task, on pages of its own: two processors never write to one line.
@@ -121,18 +123,19 @@ class NativeExecutor:
 
     def _take(self, batch: Batch) -> None:
         """Put a batch's inputs where the kernels read them."""
-        for name in INPUTS:
-            values = getattr(batch, name)
+        for name, memory in self._inputs.items():
+            values = batch.input(name)
             # The native step trusts what it is given, so what would write past a buffer must not reach it.
-            assert values.size <= self._inputs[name].size, name
-            self._inputs[name][: values.size] = values.reshape(-1)
+            assert values is not None and values.size <= memory.size, name
+            memory[: values.size] = values.reshape(-1)
         assert batch.dims[3] <= self.limits.outputs
         self._dims[:] = batch.dims
 
-    def copy_block(self, source: int, destination: int) -> None:
-        """Copy a whole block of every state."""
-        for state in self._states:
-            state[destination] = state[source]
+    def copy_block(self, group: int, source: int, destination: int) -> None:
+        """Copy a whole block of every state of a group of layers."""
+        for spec, state in zip(self.plan.states, self._states, strict=True):
+            if spec.group == group:
+                state[destination] = state[source]
 
     def close(self) -> None:
         """End the threads and let go of all memory."""
@@ -173,20 +176,31 @@ class NativeExecutor:
         return places[buffer.kind]().reshape(-1).view(np.uint8)
 
 
-def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[int, list[NDArray[np.uint8]]]:
-    """The number of blocks, and each state as u8[num_blocks, block bytes]."""
-    elements = max((int(np.prod(state.block_shape)) for state in plan.states), default=1)
-    blocks = min(plan.limits.sequences * sequence_blocks, (_MAX_STATE_ELEMENTS - 1) // elements)
-    states = _reserve_blocks(plan, blocks)
-    while states is None and blocks // 2 >= sequence_blocks:
-        blocks //= 2
-        states = _reserve_blocks(plan, blocks)
+def _allocate_states(plan: Plan, sequence_blocks: int) -> tuple[tuple[int, ...], list[NDArray[np.uint8]]]:
+    """The number of blocks of each group of layers, and each state as u8[num_blocks, block bytes]."""
+    sequences = plan.limits.sequences
+    counts = _block_counts(plan, sequence_blocks, sequences)
+    states = _reserve_blocks(plan, counts)
+    while states is None and sequences > 1:
+        sequences //= 2
+        counts = _block_counts(plan, sequence_blocks, sequences)
+        states = _reserve_blocks(plan, counts)
     if states is None:
-        need = blocks * sum(state.block_bytes for state in plan.states)
+        need = sum(counts[state.group] * state.block_bytes for state in plan.states)
         raise ModelError(
             f"cannot reserve {need} bytes for keys and values; compile for a shorter --max-sequence-length"
         )
-    return blocks, states
+    return counts, states
+
+
+def _block_counts(plan: Plan, sequence_blocks: int, sequences: int) -> tuple[int, ...]:
+    """The blocks that so many of the longest sequences need in each group of layers, as far as kernels index them."""
+    counts = []
+    for number, group in enumerate(plan.groups):
+        elements = max((int(np.prod(s.block_shape)) for s in plan.states if s.group == number), default=1)
+        most = most_blocks(group, sequences, sequence_blocks, plan.limits.tokens, plan.block_size)
+        counts.append(min(most, (_MAX_STATE_ELEMENTS - 1) // elements))
+    return tuple(counts)
 
 
 def _pages(size: int) -> int:
@@ -198,9 +212,9 @@ def _address_of(array: NDArray[Any] | None) -> int:
     return 0 if array is None else int(array.ctypes.data)
 
 
-def _reserve_blocks(plan: Plan, blocks: int) -> list[NDArray[np.uint8]] | None:
+def _reserve_blocks(plan: Plan, counts: Sequence[int]) -> list[NDArray[np.uint8]] | None:
     try:
-        return [reserve(blocks * s.block_bytes).reshape(blocks, s.block_bytes) for s in plan.states]
+        return [reserve(counts[s.group] * s.block_bytes).reshape(-1, s.block_bytes) for s in plan.states]
     except ModelError:
         return None
 
@@ -211,10 +225,10 @@ def _allocate_ends(
     """The buffers of a step's inputs (flat) and outputs, each at its greatest size."""
     limits = plan.limits
     sizes = {
-        **dict.fromkeys(("token_ids", "positions", "slot_mapping"), limits.tokens),
+        **dict.fromkeys(("token_ids", "positions", *slot_inputs(plan.groups)), limits.tokens),
         "query_start": limits.sequences + 1,
-        "block_tables": limits.sequences * sequence_blocks,
         "logit_rows": limits.outputs,
+        **dict.fromkeys(table_inputs(plan.groups), limits.sequences * sequence_blocks),
     }
     outputs = {
         "logits": allocate((limits.outputs, vocab_size), np.float32),

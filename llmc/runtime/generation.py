@@ -162,7 +162,7 @@ class Generation:
             if not self.engine.promise(sequence.table, len(request.prompt) + request.room - 1):
                 if self._running:
                     return  # when one of those has finished there is more room
-                blocks = self.engine.blocks
+                blocks = min(self.engine.managers, key=lambda manager: manager.num_available / manager.num_blocks)
                 raise ModelError(
                     f"the key/value memory is full: {blocks.num_available} of {blocks.num_blocks} blocks are free; "
                     "finish or close other streams and sequences first"

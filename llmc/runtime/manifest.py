@@ -11,10 +11,10 @@ from typing import Any
 from .document import Field, read_document
 from .errors import ModelError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The format that this runtime was written with; it reads this one and the one before.
 
-Version 2 has private buffers and `each` launches in plan.json."""
+Version 3 has groups of layers in plan.json."""
 
 _MAX_VOCABULARY = 1 << 24
 _MAX_CONTEXT = 1 << 30

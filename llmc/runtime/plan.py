@@ -10,7 +10,7 @@ from pathlib import Path
 from .document import Field, read_document
 
 INPUTS = ("token_ids", "positions", "slot_mapping", "query_start", "block_tables", "logit_rows")
-"""The int32 inputs of a step; see `batch.Batch` for their shapes."""
+"""The int32 inputs of a step over one group of layers; see `batch.Batch` for their shapes."""
 
 OUTPUTS = ("logits", "greedy")
 SYMBOLS = ("tokens", "sequences", "max_blocks", "outputs")
@@ -18,9 +18,11 @@ SYMBOLS = ("tokens", "sequences", "max_blocks", "outputs")
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "u32": 4, "i16": 2, "u16": 2, "i8": 1, "u8": 1, "f8e4m3": 1}
 ALIGNMENT = 64
+MAX_GROUPS = 64
 MAX_BYTES = 1 << 46
 MAX_COUNT = 1 << 20
 _MAX_COST = 1 << 62
+_MAX_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,24 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose states share a block table: those that see a `window` of so many tokens, or (0) all of them."""
+
+    name: str
+    window: int = 0
+
+
+FULL = LayerGroup("full")
+
+
+@dataclass(frozen=True)
 class StateSpec:
-    """What outlives a step, in blocks: `[num_blocks, *block_shape]` of `dtype`."""
+    """What outlives a step, in blocks: `[num_blocks, *block_shape]` of `dtype`; `group` is its layer group's number."""
 
     name: str
     dtype: str
     block_shape: tuple[int, ...]
+    group: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -98,6 +112,7 @@ class Plan:
     private_bytes: int
     each_tokens: int
     limits: Limits
+    groups: tuple[LayerGroup, ...]
     states: tuple[StateSpec, ...]
     buffers: tuple[Buffer, ...]
     kernels: tuple[str, ...]
@@ -107,7 +122,7 @@ class Plan:
 def read_plan(path: Path, weights_bytes: int) -> Plan:
     """Read and validate plan.json; every offset lies inside the arena, a task's private memory or the weights.
 
-    Plans of format version 1 have no private memory. Raises `ModelError` for anything that is not as it should be.
+    Plans of format version 2 have one group of layers. Raises `ModelError` for anything that is not as it should be.
     """
     return parse_plan(read_document(path), weights_bytes)
 
@@ -115,11 +130,11 @@ def read_plan(path: Path, weights_bytes: int) -> Plan:
 def parse_plan(document: Field, weights_bytes: int) -> Plan:
     """Validate a plan; see `read_plan`."""
     head = parse_head(document)
-    private, tokens = document.optional("private_bytes"), document.optional("each_tokens")
-    private_bytes = private.integer(0, MAX_BYTES) if private else 0
-    each_tokens = tokens.integer(0, MAX_COUNT) if tokens else 0
+    private_bytes = document.key("private_bytes").integer(0, MAX_BYTES)
+    each_tokens = document.key("each_tokens").integer(0, MAX_COUNT)
     sizes = {"arena": head.arena_bytes, "private": private_bytes, "param": weights_bytes}
-    buffers = tuple(parse_buffer(field, sizes, len(head.states)) for field in document.key("buffers").items())
+    inputs = inputs_of(head.groups)
+    buffers = tuple(parse_buffer(field, sizes, len(head.states), inputs) for field in document.key("buffers").items())
     kernels = tuple(field.text(256) for field in document.key("kernels").items())
     entries = {
         name: _entry(name, field, head.limits, len(kernels), buffers) for name, field in parse_entries(document).items()
@@ -130,6 +145,7 @@ def parse_plan(document: Field, weights_bytes: int) -> Plan:
         private_bytes,
         each_tokens,
         head.limits,
+        head.groups,
         head.states,
         buffers,
         kernels,
@@ -144,7 +160,27 @@ class PlanHead:
     block_size: int
     arena_bytes: int
     limits: Limits
+    groups: tuple[LayerGroup, ...]
     states: tuple[StateSpec, ...]
+
+
+def slot_inputs(groups: Sequence[LayerGroup]) -> tuple[str, ...]:
+    """The names of every group's slot_mapping: of the first that alone, of the others with their own name behind."""
+    return _page_inputs("slot_mapping", groups)
+
+
+def table_inputs(groups: Sequence[LayerGroup]) -> tuple[str, ...]:
+    """The names of every group's block_tables, likewise."""
+    return _page_inputs("block_tables", groups)
+
+
+def inputs_of(groups: Sequence[LayerGroup]) -> tuple[str, ...]:
+    """The int32 inputs of a step over these groups of layers."""
+    return (*INPUTS, *slot_inputs(groups)[1:], *table_inputs(groups)[1:])
+
+
+def _page_inputs(name: str, groups: Sequence[LayerGroup]) -> tuple[str, ...]:
+    return (name, *(f"{name}_{group.name}" for group in groups[1:]))
 
 
 def parse_head(document: Field) -> PlanHead:
@@ -152,11 +188,13 @@ def parse_head(document: Field) -> PlanHead:
     symbols, limits = document.key("symbols"), document.key("limits")
     if symbols.value != list(SYMBOLS):
         symbols.fail(f"{list(SYMBOLS)}")
+    groups = _groups(document.optional("groups"))
     return PlanHead(
         document.key("block_size").integer(1, 1 << 16),
         document.key("arena_bytes").integer(0, MAX_BYTES),
         Limits(**{name: limits.key(name).integer(1, MAX_COUNT) for name in ("tokens", "sequences", "outputs")}),
-        tuple(map(_state, document.key("states").items())),
+        groups,
+        tuple(_state(field, len(groups)) for field in document.key("states").items()),
     )
 
 
@@ -169,7 +207,22 @@ def parse_entries(document: Field) -> dict[str, Field]:
     return entries
 
 
-def _state(field: Field) -> StateSpec:
+def _groups(field: Field | None) -> tuple[LayerGroup, ...]:
+    if field is None:
+        return (FULL,)
+    groups = []
+    for item in field.items():
+        window = item.key("window").integer(0, _MAX_WINDOW)
+        name = f"window_{window}" if window else FULL.name
+        if item.key("name").value != name:
+            item.key("name").fail(f"{name!r}, as its window is {window}")
+        groups.append(LayerGroup(name, window))
+    if not 0 < len(groups) <= MAX_GROUPS or len(set(groups)) < len(groups):
+        field.fail(f"from 1 to {MAX_GROUPS} groups of layers, each with another window")
+    return tuple(groups)
+
+
+def _state(field: Field, groups: int) -> StateSpec:
     if field.key("kind").value != "paged_kv":
         field.key("kind").fail("'paged_kv', the only kind of state that this runtime knows")
     dtype = field.key("dtype").text(16)
@@ -178,7 +231,8 @@ def _state(field: Field) -> StateSpec:
     shape = tuple(item.integer(1, 1 << 24) for item in field.key("block_shape").items())
     if math.prod(shape) > 1 << 30:
         field.key("block_shape").fail("a block of at most 2^30 elements")
-    return StateSpec(field.key("name").text(), dtype, shape)
+    group = field.optional("group")
+    return StateSpec(field.key("name").text(), dtype, shape, group.integer(0, groups - 1) if group else 0)
 
 
 def parse_buffer(
@@ -253,12 +307,11 @@ def _bounds(field: Field, most: int) -> tuple[int, int]:
 
 
 def _launch(field: Field, kernels: int, buffers: int) -> Launch:
-    each = field.optional("each")
     return Launch(
         kernel=field.key("kernel").integer(0, kernels - 1),
         args=tuple(item.integer(0, buffers - 1) for item in field.key("args").items()),
         barrier=field.key("barrier").boolean(),
-        each=each.boolean() if each else False,
+        each=field.key("each").boolean(),
         node=field.key("node").text(),
         flops=parse_cost(field.key("flops")),
         bytes=parse_cost(field.key("bytes")),

@@ -23,7 +23,8 @@ class Sequence:
             other = sequence.fork()                         # shares the blocks until one of the two is written
 
     Errors, after which it holds what it held before: `ValueError` for bad token ids or more tokens than the context
-    holds; `ModelError` when the key/value memory is full, after `free`, and after the model was closed.
+    holds; `ModelError` when the key/value memory is full, when it cannot be rolled back so far (see `truncate`), after
+    `free`, and after the model was closed.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -53,15 +54,24 @@ class Sequence:
         with self.engine.exclusive():
             self.check_room(len(ids))
             before, done = self.length, 0
+            parts = list(split_chunks(self.engine, ids, outputs))
+            # After one step what was seen before is still there; after several, layers with a window have forgotten it.
+            kept = self.engine.keep_table(self.table) if len(parts) > 1 and before else None
             try:
-                for part, wanted in split_chunks(self.engine, ids, outputs):
+                for part, wanted in parts:
                     self.begin(part)
                     rows = self.engine.forward([Chunk(self.table, part, wanted)])
                     result.logits[done : done + wanted], result.greedy[done : done + wanted] = rows.logits, rows.greedy
                     done += wanted
             except BaseException:
-                self.table.truncate(before)
+                if kept is None:
+                    self.table.truncate(before)
+                else:
+                    self.table.restore(kept)
                 raise
+            finally:
+                if kept is not None:
+                    kept.free()
         return result
 
     def step(self, token_id: int) -> StepOutput:
@@ -78,7 +88,12 @@ class Sequence:
         return other
 
     def truncate(self, length: int) -> None:
-        """Roll back to the first `length` tokens."""
+        """Roll back to the first `length` tokens.
+
+        Layers with a sliding window forget what it has passed. So a sequence goes back from the longest that it was by
+        as many tokens as a step has at most (`engine.max_tokens`), or to 0; else `ModelError` says how far it can. A
+        fork that was made before still holds what it held.
+        """
         if isinstance(length, bool) or not 0 <= length <= self.length:
             raise ValueError(f"length: given {length!r}, expected 0 to {self.length}, what the sequence holds")
         with self.engine.exclusive():

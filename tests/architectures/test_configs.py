@@ -121,7 +121,7 @@ def test_how_weights_are_stored_matters_where_they_are_read(tmp_path: Path) -> N
     stored = small(quantization_config={"bits": 4})
     assert import_model(write(tmp_path, stored)).info.num_layers == 2
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(LlmcError, match="'quantization_config' is {'bits': 4}, which .* supported: null"):
+    with pytest.raises(LlmcError, match=r"'quantization_config' is \{'bits': 4\}, which .* supported: null"):
         import_model(tmp_path)
     assert import_model(tmp_path, random_weights=True).info.num_layers == 2
 

@@ -13,13 +13,14 @@ import torch
 from benchmarks.gpu import first_token
 from benchmarks.gpu.bounds import Shape, plan_bytes, row_bytes
 from benchmarks.gpu.fill import fill_parameter, fill_parameters, fill_state
-from benchmarks.gpu.package import OpenPackage, blocks_of, make_batch
+from benchmarks.gpu.package import OpenPackage, make_batch, seen_blocks
 from benchmarks.gpu.prepare import Remembering, drop_texts, prepare
 from benchmarks.gpu.rows import LONGEST, Row, Setup
 from llmc.backends.triton.source import KernelSource
 from llmc.ir.target import GPU_VARIANTS
 from llmc.runtime.errors import ModelError
 from llmc.runtime.manifest import read_manifest
+from llmc.runtime.plan import FULL, LayerGroup
 from tests.backends.triton.interpreted_device import InterpretedDevice
 from tests.backends.triton.interpreted_package import compile_interpreted
 
@@ -185,13 +186,17 @@ def test_random_states(dtype: str) -> None:
 
 def test_inputs_of_a_step() -> None:
     batch = make_batch(DECODE, block_size=16, vocabulary=199)
-    assert batch.dims == (2, 2, 2, 2) and blocks_of(DECODE, 16) == 2
+    assert batch.dims == (2, 2, 2, 2) and seen_blocks(DECODE, 16) == range(2)
     assert batch.positions.tolist() == [20, 20]
     assert batch.slot_mapping.tolist() == [16 * batch.block_tables[i, 1] + 4 for i in range(2)]
     assert len(np.unique(batch.block_tables)) == 4
     batch = make_batch(PREFILL, block_size=16, vocabulary=199)
     assert batch.dims == (24, 1, 2, 1) and batch.logit_rows.tolist() == [23]
     assert len(np.unique(batch.slot_mapping)) == 24
+    batch = make_batch(DECODE, block_size=16, vocabulary=199, groups=(FULL, LayerGroup("window_4", 4)))
+    tables = batch.others["block_tables_window_4"]
+    assert tables.shape == (2, 2) and sorted(tables[:, 1]) == [0, 1], "the first block is before the window"
+    assert batch.others["slot_mapping_window_4"].tolist() == (16 * tables[:, 1] + 4).tolist()
 
 
 def test_what_is_there_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llmc.runtime.batch import Batch, StepOutput
 from llmc.runtime.manifest import ModelFacts
 from llmc.runtime.model import Model
-from llmc.runtime.plan import Limits
+from llmc.runtime.plan import FULL, LayerGroup, Limits
 from llmc.runtime.timings import Profile
 
 Float64 = NDArray[np.float64]
@@ -63,7 +63,8 @@ class FakeExecutor:
         self.limits = limits
         self.samples_on_device = False
         self.block_size = block_size
-        self.num_blocks = num_blocks
+        self.groups: tuple[LayerGroup, ...] = (FULL,)
+        self.num_blocks: tuple[int, ...] = (num_blocks,)
         self.vocab_size = model.vocab_size
         self.entry_tokens: Mapping[str, tuple[int, int]] = {"decode": (1, decode_tokens), "prefill": (1, limits.tokens)}
         self.cache = np.full((2, num_blocks, block_size, WIDTH), np.nan)
@@ -106,7 +107,7 @@ class FakeExecutor:
         assert np.isfinite(logits).all(), "a row depends on memory that its sequence does not own"
         return StepOutput(logits, logits.argmax(1).astype(np.int32))
 
-    def copy_block(self, source: int, destination: int) -> None:
+    def copy_block(self, group: int, source: int, destination: int) -> None:
         self.cache[:, destination] = self.cache[:, source]
 
     def close(self) -> None:
@@ -144,5 +145,5 @@ def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
 
 def free_blocks(model: Model) -> tuple[int, int, int]:
     """(free, promised, all) blocks."""
-    blocks = model._engine.blocks
+    (blocks,) = model._engine.managers
     return blocks.num_free, blocks.promised, blocks.num_blocks

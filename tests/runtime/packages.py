@@ -133,8 +133,9 @@ def plan() -> dict[str, Any]:
         "private_bytes": 64 + 16 * VOCAB * 4,
         "each_tokens": 8,
         "symbols": ["tokens", "sequences", "max_blocks", "outputs"],
+        "groups": [{"name": "full", "window": 0}],
         "limits": {"tokens": 16, "sequences": 4, "outputs": 4},
-        "states": [{"name": "layer.key", "kind": "paged_kv", "dtype": "f32", "block_shape": [1, 1, BLOCK]}],
+        "states": [{"name": "layer.key", "kind": "paged_kv", "dtype": "f32", "block_shape": [1, 1, BLOCK], "group": 0}],
         "buffers": buffers,
         "kernels": ["append", "mix", "head", "gather"],
         "entries": {
@@ -148,7 +149,7 @@ def manifest(name: str) -> dict[str, Any]:
     """manifest.json without the files."""
     variant = {"name": "any", "kernels": "kernels-any.so", "weights": "weights.bin", "requires": []}
     return {
-        "format_version": 2,
+        "format_version": 3,
         "name": name,
         "llmc_version": "0.0.1",
         "model": {"architecture": "tiny", "vocab_size": VOCAB, "max_sequence_length": CONTEXT, "eos_token_ids": []},

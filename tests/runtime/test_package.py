@@ -162,7 +162,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest no JSON": (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is no JSON"),
     "manifest a list": (lambda p: (p / "manifest.json").write_text("[]"), "expected an object"),
     "newer": (change_manifest(format_version=FORMAT_VERSION + 1), f"format_version {FORMAT_VERSION + 1} is newer"),
-    "too old": (change_manifest(format_version=FORMAT_VERSION - 2), "format_version 0 is too old"),
+    "too old": (change_manifest(format_version=FORMAT_VERSION - 2), "format_version 1 is too old"),
     "not a version": (change_manifest(format_version="1"), "format_version: expected an integer"),
     "other target": (change_target(kind="npu"), "is for 'npu'"),
     "other machine": (change_target(machine="sparc"), "was compiled for sparc"),

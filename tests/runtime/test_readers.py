@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmc.backends.package import FORMAT_VERSION as WRITTEN_VERSION
 from llmc.runtime.document import Field, parse_document
 from llmc.runtime.errors import ModelError
 from llmc.runtime.manifest import FORMAT_VERSION, read_manifest
-from llmc.runtime.plan import parse_plan
+from llmc.runtime.plan import FULL, INPUTS, LayerGroup, inputs_of, parse_plan
 from tests.runtime.packages import manifest, plan
 
 WEIGHTS = 8192
@@ -170,23 +171,73 @@ def test_a_private_buffer_outside_its_region() -> None:
         parse_plan(Field(document, "plan.json"), WEIGHTS)
 
 
-def test_a_plan_of_format_version_1() -> None:
-    """Without private memory, and every launch shared."""
+def test_a_plan_of_format_version_2() -> None:
+    """All layers are one group, which sees everything."""
     document = plan()
-    del document["private_bytes"], document["each_tokens"]
-    document["buffers"][12] = {"kind": "arena", "offset": 64, "bytes": 64}
-    for entry in document["entries"].values():
-        entry["launches"] = [{k: v for k, v in item.items() if k != "each"} for item in entry["launches"]]
+    del document["groups"], document["states"][0]["group"]
     read = parse_plan(Field(document, "plan.json"), WEIGHTS)
-    assert read.private_bytes == read.each_tokens == 0
-    assert not any(launch.each for entry in read.entries.values() for launch in entry.launches)
+    assert read.groups == (FULL,) and [state.group for state in read.states] == [0]
+
+
+def windowed_plan() -> dict[str, Any]:
+    """A second group of layers, whose window is 6 tokens."""
+    document = plan()
+    document["groups"].append({"name": "window_6", "window": 6})
+    document["states"].append({**document["states"][0], "name": "second.key", "group": 1})
+    document["buffers"] += [{"kind": "input", "name": f"{n}_window_6"} for n in ("slot_mapping", "block_tables")]
+    return document
+
+
+def test_groups_of_layers() -> None:
+    read = parse_plan(Field(windowed_plan(), "plan.json"), WEIGHTS)
+    assert read.groups == (FULL, LayerGroup("window_6", 6)) and [state.group for state in read.states] == [0, 1]
+    assert inputs_of(read.groups)[-2:] == ("slot_mapping_window_6", "block_tables_window_6")
+    assert inputs_of(read.groups[1:]) == INPUTS, "the first group's have no name behind them"
+
+
+GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "none": (
+        lambda d: d.update(groups=[]),
+        r"groups: expected from 1 to 64 groups of layers, each with another window",
+    ),
+    "twice": (lambda d: d["groups"].append(d["groups"][1]), r"groups: expected from 1 to 64 groups"),
+    "too many": (
+        lambda d: d.update(groups=[{"name": f"window_{i}", "window": i} for i in range(1, 66)]),
+        r"groups: expected from 1 to 64 groups",
+    ),
+    "another name": (
+        lambda d: d["groups"][1].update(name="window_7"),
+        r"groups\[1\].name: expected 'window_6', as its",
+    ),
+    "a path": (
+        lambda d: d["groups"][0].update(name="../full"),
+        r"groups\[0\].name: expected 'full', as its window is 0",
+    ),
+    "negative": (lambda d: d["groups"][1].update(window=-6), r"groups\[1\].window: expected an integer from 0 to"),
+    "endless": (lambda d: d["groups"][1].update(window=1 << 40), r"groups\[1\].window: expected an integer from 0 to"),
+    "no number": (lambda d: d["groups"][1].update(window="6"), r"groups\[1\].window: expected an integer"),
+    "a state's": (lambda d: d["states"][1].update(group=2), r"states\[1\].group: expected an integer from 0 to 1"),
+    "an input's": (
+        lambda d: d["buffers"][-1].update(name="block_tables_window_7"),
+        r"buffers\[14\].name: expected one of",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", GROUPS)
+def test_groups_that_are_not_sound(wrong: str) -> None:
+    change, message = GROUPS[wrong]
+    document = windowed_plan()
+    change(document)
+    with pytest.raises(ModelError, match=rf"plan\.json: {message}"):
+        parse_plan(Field(document, "plan.json"), WEIGHTS)
 
 
 def test_a_manifest_of_the_format_before(tmp_path: Path) -> None:
     file = {"sha256": "0" * 64, "bytes": 1}
     files = {"kernels-any.so": file, "weights.bin": file}
-    assert manifest("x")["format_version"] == FORMAT_VERSION == WRITTEN_VERSION == 2
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest("x"), "format_version": 1, "files": files}))
+    assert manifest("x")["format_version"] == FORMAT_VERSION == WRITTEN_VERSION == 3
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest("x"), "format_version": 2, "files": files}))
     assert read_manifest(tmp_path).name == "x"
 
 

@@ -103,8 +103,9 @@ def plan() -> dict[str, Any]:
         "workspace_bytes": WORKSPACE,
         "tickets": TICKETS,
         "symbols": ["tokens", "sequences", "max_blocks", "outputs"],
+        "groups": [{"name": "full", "window": 0}],
         "limits": {"tokens": TOKENS, "sequences": SEQUENCES, "outputs": OUTPUTS},
-        "states": [{"name": "layer.key", "kind": "paged_kv", "dtype": "f32", "block_shape": [1, 1, BLOCK]}],
+        "states": [{"name": "layer.key", "kind": "paged_kv", "dtype": "f32", "block_shape": [1, 1, BLOCK], "group": 0}],
         "buffers": buffers,
         "kernels": list(KERNELS),
         "entries": {
@@ -132,7 +133,7 @@ def manifest(name: str, launcher: bool = True) -> dict[str, Any]:
     }
     target = {"kind": "cuda", "machine": platform.machine(), "variants": [variant]}
     return {
-        "format_version": 2,
+        "format_version": 3,
         "name": name,
         "llmc_version": "0.0.1",
         "model": {"architecture": "tiny", "vocab_size": VOCAB, "max_sequence_length": CONTEXT, "eos_token_ids": []},

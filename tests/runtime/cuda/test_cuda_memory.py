@@ -41,12 +41,12 @@ def test_the_parts_of_a_gpu() -> None:
     assert found.outputs == 3_600_128 + 512, "logits of 6 rows; greedy and chosen tokens"
     assert found.reserve == int(0.05 * 70 * GB)
     assert found.longest == 2048 * block == 4 * GB
-    assert found.blocks == 4 * 2048, "as much as a batch of the longest can need, though there is more"
-    assert found.states == found.blocks * block
+    assert found.blocks == (4 * 2048,), "as much as a batch of the longest can need, though there is more"
+    assert found.states == found.blocks[0] * block
     used = sum((found.weights, found.arena, found.workspace, found.inputs, found.outputs, found.reserve, found.states))
     assert used < found.free == 70 * GB and found.total == 80 * GB
     less = plan_memory(read, 16 * GB, 150_000, 2048, (30 * GB, 80 * GB), "cuda:0 (X)")
-    assert 2048 < less.blocks < 4 * 2048, "what is left of the memory"
+    assert 2048 < less.blocks[0] < 4 * 2048, "what is left of the memory"
     taken = sum((less.weights, less.arena, less.workspace, less.inputs, less.outputs, less.reserve, less.states))
     assert 0 <= 30 * GB - taken < block + 64 * 256
     with pytest.raises(ModelError) as caught:
@@ -67,7 +67,7 @@ def test_a_small_gpu_keeps_a_reserve() -> None:
 
 def test_kernels_index_states_with_int32() -> None:
     states = (StateSpec("s", "i8", (1 << 20,)),)
-    assert plan_memory(parsed(states=states), 64, 23, 1500, (80 * GB, 80 * GB), "x").blocks == 2047
+    assert plan_memory(parsed(states=states), 64, 23, 1500, (80 * GB, 80 * GB), "x").blocks == (2047,)
 
 
 @pytest.mark.parametrize(("entry", "tokens", "rows"), [("decode", 4, (4, 4, 4)), ("prefill", 32, (32, 4, 6))])
@@ -129,5 +129,5 @@ def test_what_is_zero_at_load(package: Path, cuda: FakeCuda) -> None:
         executor = model._engine.executor
         assert isinstance(executor, CudaExecutor)
         assert not executor._fetch(executor._regions["tickets"], np.int32, (executor.plan.tickets,)).any()
-        assert not executor._fetch(executor._states[0], np.float32, (executor.num_blocks, 4)).any()
+        assert not executor._fetch(executor._states[0], np.float32, (executor.num_blocks[0], 4)).any()
         assert executor._fetch(executor._regions["arena"], np.int32, (1,))[0] == -1

@@ -118,7 +118,7 @@ def test_too_little_memory_names_all_numbers(package: Path, cuda: FakeCuda, monk
     assert "cuMemAlloc_v2" not in cuda.calls(), "planned before anything is taken"
     monkeypatch.setenv("FAKE_CUDA_FREE", str(reserve + fixed + 160))
     with load_model(package) as model:
-        assert model.info["loaded"]["memory"]["blocks"] == 10, "one sequence of the longest"
+        assert model.info["loaded"]["memory"]["blocks"] == (10,), "one sequence of the longest"
 
 
 STEPS: dict[str, tuple[str, str]] = {
@@ -175,7 +175,7 @@ def test_a_closed_model(package: Path, cuda: FakeCuda) -> None:
     output = model._engine.executor
     model.close()
     model.close()
-    for use in (lambda: model.generate([1], 1), lambda: sequence.step(1), lambda: output.copy_block(0, 1)):
+    for use in (lambda: model.generate([1], 1), lambda: sequence.step(1), lambda: output.copy_block(0, 0, 1)):
         with pytest.raises(ModelError, match="the model is closed"):
             use()
 
