@@ -20,6 +20,9 @@ class Rule:
 
     name: ClassVar[str] = "rule"
     roots: ClassVar[tuple[type[Op], ...]] = ()
+    shares: ClassVar[bool] = False
+    """Whether inner values of a match may be used elsewhere too, where they are then computed once more: for what is
+    cheap, and whose other uses are likely to be fused as well."""
 
     def root_ops(self) -> tuple[type[Op], ...]:
         """Op classes that the engine offers to `match`."""
@@ -152,7 +155,7 @@ def _plan(graph: Graph, rules: Sequence[Rule], budget: Budget, done: Rewritten) 
             if isinstance(found, Match):
                 if found.nodes & claimed:
                     break  # the next round looks again
-                refusal = _illegal(found, graph, order)
+                refusal = _illegal(rule, found, graph, order)
                 if refusal is None:
                     if not budget.take():
                         return plan
@@ -164,11 +167,11 @@ def _plan(graph: Graph, rules: Sequence[Rule], budget: Budget, done: Rewritten) 
     return plan
 
 
-def _illegal(match: Match, graph: Graph, order: Mapping[Node, int]) -> NoMatch | None:
+def _illegal(rule: Rule, match: Match, graph: Graph, order: Mapping[Node, int]) -> NoMatch | None:
     """An inner value that is needed outside, or an operand that depends on what the match removes."""
     kept = set(match.replaced)
     for node in match.nodes:
-        if node in graph.parameter_only:
+        if node in graph.parameter_only or rule.shares:
             continue
         for value in node.results:
             if value in kept:

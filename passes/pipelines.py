@@ -20,6 +20,7 @@ from llmc.passes.plan_memory import PlanMemory
 from llmc.passes.quantize import Quantize
 from llmc.passes.raise_linear import RaiseLinear
 from llmc.passes.specialize import Specialize
+from llmc.passes.split_linears import SplitLinears
 
 COMMON = Pipeline(
     (
@@ -28,6 +29,7 @@ COMMON = Pipeline(
         RaiseLinear(),  # products with weights, apart from those of attention
         FuseNorm(),  # norms, then the residual additions before them
         FuseRope(),  # rotations, which stand between projections and attention
+        SplitLinears(),  # heads that a projection interleaves; halves that rotations cut are gone by now
         FuseAttention(),  # what may mix tokens gets a name
         AbsorbLatent(),  # what attention reads, before linears are packed and states are made for it
         FuseMlp(),  # activations and gates go into their linears, before these are packed

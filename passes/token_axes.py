@@ -13,6 +13,7 @@ from llmc.ir.ops.linear import Matmul
 from llmc.ir.ops.quantized import DequantizeRows, DequantizeWeight, QuantizeRows
 from llmc.ir.ops.reduce import Argmax, Reduction, SinkSoftmax, Softmax
 from llmc.ir.ops.rope import DynamicFrequencies
+from llmc.ir.ops.routing import TopK
 from llmc.ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
 from llmc.ir.types import Dim, product
 
@@ -148,6 +149,7 @@ _RULES: tuple[tuple[type[Op], Callable[[Node, Sequence[Axis], Dim], Axis]], ...]
     (Softmax, _not_last),
     (SinkSoftmax, _not_last),
     (Argmax, _not_last),
+    (TopK, _not_last),
     (Matmul, _matmul),
     (QuantizeRows, _not_last),
     (DequantizeRows, _rows),

@@ -30,11 +30,13 @@ ALIKE = {**PLAIN, "intermediate_size": 92}
 
 @dataclass(frozen=True)
 class Family:
-    """A model type, its configuration, and `max_sequence_length` where it is not the configuration's."""
+    """A model type, its configuration, and `max_sequence_length` where it is not the configuration's.
+    `shortest`: below so many tokens transformers computes something else, which depends on the length."""
 
     model_type: str
     config: dict[str, Any]
     longest: int | None = None
+    shortest: int = 0
 
 
 def rope(kind: str = "default", **keys: Any) -> dict[str, Any]:
@@ -72,7 +74,9 @@ FAMILIES = {
     "gemma2": Family("gemma2", {**NAMES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 20}),
     "phi3": Family("phi3", {**NAMES, "sliding_window": 9, "pad_token_id": 0}),
     "phi3, long rope within": Family("phi3", {**LONG_ROPE, "original_max_position_embeddings": 64}, longest=64),
-    "phi3, long rope beyond": Family("phi3", {**LONG_ROPE, "original_max_position_embeddings": 24}),
+    "phi3, long rope beyond": Family(
+        "phi3", {**LONG_ROPE, "original_max_position_embeddings": 8}, shortest=9
+    ),
     "phi": Family("phi", {**NAMES, "num_key_value_heads": 6, **rope(partial_rotary_factor=0.4)}),
     "gpt_neox": Family("gpt_neox", {**ALIKE, **rope(partial_rotary_factor=0.4)}),
     "gpt_neox, sequential": Family(
