@@ -37,7 +37,15 @@ class RoutingRule(Rule):
         return b(op, *(match[name] for name in ("logits", "bias")[: 1 + op.bias]))
 
 
-class NormalisedRouting(Rule):
+class _AfterRouting(Rule):
+    """What follows a routing goes into it, and stands where that stands."""
+
+    def rewrite(self, b: Emitter, match: Match) -> Any:
+        b.loc = match.attributes["loc"]
+        return b(match.attributes["op"], *match.operands.values())
+
+
+class NormalisedRouting(_AfterRouting):
     """routing / sum(routing): weights whose sum is 1."""
 
     name = "normalised-routing"
@@ -57,12 +65,8 @@ class NormalisedRouting(Rule):
             return NoMatch(f"want the sum of the weights as divisor, found {total.op.name}", root, 1)
         return _raised(root, weights, replace(weights.op, normalise=True), nodes)
 
-    def rewrite(self, b: Emitter, match: Match) -> Any:
-        b.loc = match.attributes["loc"]
-        return b(match.attributes["op"], *match.operands.values())
 
-
-class ScaledRouting(NormalisedRouting):
+class ScaledRouting(_AfterRouting):
     """routing · factor."""
 
     name = "scaled-routing"

@@ -11,7 +11,8 @@ from llmc.ir.op import Hole, Node, Op, Value, topological
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import Matmul
 from llmc.ir.ops.quantized import DequantizeRows, DequantizeWeight, QuantizeRows
-from llmc.ir.ops.reduce import Argmax, Reduction, SinkSoftmax, Softmax
+from llmc.ir.ops.quantized_experts import QuantizedExperts
+from llmc.ir.ops.reduce import Argmax, Reduction, Softmax
 from llmc.ir.ops.rope import DynamicFrequencies
 from llmc.ir.ops.routing import TopK
 from llmc.ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
@@ -142,14 +143,21 @@ def _first(node: Node, axes: Sequence[Axis], tokens: Dim) -> Axis:
     return axes[0]
 
 
+def _experts(node: Node, axes: Sequence[Axis], tokens: Dim) -> Axis:
+    """Its expansion hides tokens: it quantizes rows of every expert at once."""
+    if axes[:2] != [0, 0] or any(axis is not None for axis in axes[2:]):
+        raise _Mixed("its activations and weights are not rows of tokens, or its experts depend on tokens")
+    return 0
+
+
 _RULES: tuple[tuple[type[Op], Callable[[Node, Sequence[Axis], Dim], Axis]], ...] = (
     (Embedding, _first),
     (DynamicFrequencies, _first),
     (Reduction, _not_last),
     (Softmax, _not_last),
-    (SinkSoftmax, _not_last),
     (Argmax, _not_last),
     (TopK, _not_last),
+    (QuantizedExperts, _experts),
     (Matmul, _matmul),
     (QuantizeRows, _not_last),
     (DequantizeRows, _rows),

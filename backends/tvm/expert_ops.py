@@ -252,6 +252,8 @@ class CombineExperts(Op):
         self.expects(len(types) == 3 and all(t.rank == 2 for t in types), "rows, places and shares", *types)
         rows, places, shares = types
         tokens, per_token = places.shape
+        self.expects(isinstance(per_token, int), "a known number of places", places)
+        assert isinstance(per_token, int)
         self.expects(places.shape == shares.shape and places.dtype is DType.I32, "places i32 and shares alike", *types)
         self.expects(rows.shape[0] == tokens * per_token, f"rows [{tokens} * {per_token}, width]", *types)
         return (TensorType(rows.dtype, (tokens, rows.shape[1])),)

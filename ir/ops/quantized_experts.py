@@ -54,12 +54,16 @@ class QuantizedExperts(Mixture, Quantized):
         biases = values[6:]
         tokens, experts = weights.type.shape
         assert isinstance(experts, int)
-        both = products(b, self._rounded(b, x), self._weight(b, experts, *codes[:2], x.type.shape[1]), *biases[:1])
+        both = products(
+            b, self._rounded(b, x), self._weight(b, experts, codes[0], codes[1], x.type.shape[1]), *biases[:1]
+        )
         inner = gated(b, both, self.activation, self.gating, self.limit)
         width = inner.type.shape[2]
         rows = self._rounded(b, b.reshape(inner, shape=(tokens * experts, width)))
         inner = b.reshape(rows, shape=(experts, tokens, width))
-        return weighted_sum(b, weights, products(b, inner, self._weight(b, experts, *codes[2:], width), *biases[1:]))
+        return weighted_sum(
+            b, weights, products(b, inner, self._weight(b, experts, codes[2], codes[3], width), *biases[1:])
+        )
 
     def _rounded(self, b: Emitter, x: Value) -> Value:
         """Activations as their codes say."""

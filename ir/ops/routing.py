@@ -19,8 +19,8 @@ GROUP_SCORES = {"max": 1, "top2": 2}
 """How many of a group's largest choice scores are added up for the score of the group, by attribute value."""
 
 TINY = 1e-20
-"""Added to the sum that weights are divided by, so that weights of nothing stay zero (DeepSeek-V3); below what any
-other sum's last place is."""
+"""Added to the sum that weights are divided by, so that weights of nothing stay zero; below what any other sum's
+last place is."""
 
 
 @dataclass(frozen=True)

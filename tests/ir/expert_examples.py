@@ -28,8 +28,9 @@ def route(
 
 
 def softmax(x: Array) -> Array:
-    e: Array = np.exp(x)
-    return e / e.sum(-1, keepdims=True)
+    e = np.exp(x)
+    result: Array = e / e.sum(-1, keepdims=True)
+    return result
 
 
 def sigmoid(x: Array) -> Array:

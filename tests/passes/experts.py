@@ -6,8 +6,11 @@ from dataclasses import replace
 
 from llmc.ir.graph import Graph
 from llmc.ir.op import Value
+from llmc.ir.ops.attention import Attention
 from llmc.ir.ops.experts import Experts
 from llmc.ir.ops.linear import Linear
+from llmc.ir.ops.norm import RmsNorm
+from llmc.ir.ops.rope import Rope
 from llmc.ir.ops.routing import Routing
 from llmc.ir.types import DType
 from tests.passes.graphs import F32, Model
@@ -54,3 +57,31 @@ def mixture_graph(
 def fused(routing: Routing, op: Experts) -> tuple[Routing, Experts]:
     """What the two become."""
     return routing, replace(op, experts_per_token=routing.k)
+
+
+def mixture_model(vocab: int, weights: DType, layers: int = 2) -> Graph:
+    """RMS norms, rotary positions, grouped queries, 6 experts in each layer; every other layer has groups of experts, a
+    bias of the choice, and clamped gates with biases."""
+    b = Model(weights)
+    hidden, heads, kv_heads, width = 48, 4, 2, 12
+    with b.at("embed"):
+        x = b.embedding(b.token_ids, b.param("embed.weight", weights, (vocab, hidden)), dtype=F32)
+    cos, sin = b.table(width)
+    for layer in range(layers):
+        with b.at(f"layers.{layer}"):
+            with b.at("attention_norm"):
+                y = b.primitive(RmsNorm(1e-5), x, b.weight(hidden))
+            with b.at("attention"):
+                q, k, v = (b.project(n, y, c * width) for n, c in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
+                q = b.primitive(Rope(heads, width, width), q, cos, sin)
+                k = b.primitive(Rope(kv_heads, width, width), k, cos, sin)
+                y = b.primitive(Attention(heads, kv_heads, width, width**-0.5), q, k, v, b.positions)
+                x = b.add(x, b.project("output", y, hidden))
+            with b.at("mlp_norm"):
+                y = b.primitive(RmsNorm(1e-5), x, b.weight(hidden))
+            with b.at("mlp"):
+                routing, op = ((PLAIN, SILU), (GROUPED, CLAMPED))[layer % 2]
+                x = b.add(x, mixture(b, y, routing, op, inner=20))
+    with b.at("norm"):
+        x = b.primitive(RmsNorm(1e-5), x, b.weight(hidden))
+    return b.graph({"logits": b.project("head", x, vocab)})

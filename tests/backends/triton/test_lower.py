@@ -18,15 +18,17 @@ from llmc.ir.graph import Graph, Leaf, Param
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Emitter, Node, Value
 from llmc.ir.ops.elementwise import Tanh
+from llmc.ir.ops.experts import Experts
 from llmc.ir.ops.linear import GatedLinear
 from llmc.ir.text import parse
 from llmc.ir.types import DType, TensorType, symbol
 from llmc.ir.verify import verify
 from llmc.options import Limits
-from llmc.passes.pipelines import step_pipeline
+from llmc.passes.pipelines import COMMON, step_pipeline
 from llmc.passes.quantize import KEPT, Quantize
 from llmc.passes.trials import random_parameter, random_trial
 from tests.backends.triton.nodes import leaf
+from tests.passes.experts import mixture_graph
 from tests.passes.graphs import learned_model, rotary_model
 
 MODELS: dict[str, Callable[..., Graph]] = {
@@ -121,9 +123,21 @@ def test_what_has_no_kernel_is_named() -> None:
         lower(of_one_value(b(Tanh(), ROWS)), DType.BF16)
 
 
-def test_a_product_of_groups_has_no_kernel() -> None:
+def test_a_mixture_of_experts_has_no_kernel_yet() -> None:
+    """The message says what has none, and what it is part of."""
+    graph = COMMON.run(mixture_graph())
+    with pytest.raises(
+        NoKernel,
+        match=r"^no GPU kernel for softmax\(f32\[tokens, 6\]\) at mlp.router, a primitive op, part of routing$",
+    ):
+        lower(graph, DType.BF16)
     b = Emitter()
-    b.loc = "layers.3.attention"
-    weight = Value(Node(Param("w"), (), (TensorType(DType.F32, (4, 7, 10)),)))
-    with pytest.raises(NoKernel, match=r"^no GPU kernel for grouped_linear of 4 groups at layers.3.attention$"):
-        lower(of_one_value(b.grouped_linear(ROWS, weight, groups=4), weight), DType.BF16)
+    b.loc = "layers.3.experts"
+    weights = leaf("weights", DType.F32, (ROWS.type.shape[0], 6))
+    stored = [
+        Value(Node(Param(n), (), (TensorType(DType.F32, s),))) for n, s in (("a", (6, 10, 40)), ("b", (6, 40, 5)))
+    ]
+    y = b(Experts("silu"), ROWS, weights, *stored)
+    graph = Graph("one", (ROWS, weights), tuple(stored), (), (("y", y),), ())
+    with pytest.raises(NoKernel, match=r"^no GPU kernel for .* at layers.3.experts, a primitive op, part of experts$"):
+        lower(graph, DType.BF16)
