@@ -15,7 +15,7 @@ from llmc.backends.tvm.expert_ops import (
     TiledExpertsGatedLinear,
     TiledExpertsLinear,
 )
-from llmc.backends.tvm.sizes import rows_dim, width
+from llmc.backends.tvm.selected import rows_dim, width_of
 from llmc.ir.op import Node, Op
 from llmc.ir.ops.routing import Routing
 from llmc.ir.quant import FORMATS
@@ -26,12 +26,12 @@ def _routing(op: Any, node: Node) -> KernelSpec | None:
     logits = node.inputs[0].type
     if not symbols_of(logits.shape[0]):
         return None
-    return KernelSpec.of("routing", rows_dim=rows_dim(logits), experts=width(logits), **vars(op))
+    return KernelSpec.of("routing", rows_dim=rows_dim(logits), experts=width_of(logits), **vars(op))
 
 
 def _group_rows(op: Any, node: Node) -> KernelSpec:
     x, weights = (v.type for v in node.inputs)
-    return _grouping("group_rows", op, weights, width(x))
+    return _grouping("group_rows", op, weights, width_of(x))
 
 
 def _group_tiles(op: Any, node: Node) -> KernelSpec:
@@ -42,13 +42,13 @@ def _group_tiles(op: Any, node: Node) -> KernelSpec:
 
 
 def _grouping(kind: str, op: Any, weights: TensorType, elements: int) -> KernelSpec:
-    sizes = {"rows_dim": rows_dim(weights), "experts": width(weights), "width": elements}
+    sizes = {"rows_dim": rows_dim(weights), "experts": width_of(weights), "width": elements}
     return KernelSpec.of(kind, per_token=op.per_token, **sizes)
 
 
 def _combine(op: Any, node: Node) -> KernelSpec:
     rows, places, _ = (v.type for v in node.inputs)
-    return KernelSpec.of("combine_experts", rows_dim=rows_dim(places), per_token=width(places), width=width(rows))
+    return KernelSpec.of("combine_experts", rows_dim=rows_dim(places), per_token=width_of(places), width=width_of(rows))
 
 
 def _linear(op: Any, node: Node) -> KernelSpec:
@@ -63,9 +63,9 @@ def _packed(kind: str, op: Any, node: Node, **parameters: Any) -> KernelSpec:
     x, starts, panels, *_ = (v.type for v in node.inputs)
     return KernelSpec.of(
         kind,
-        experts=width(starts) - 1,
+        experts=width_of(starts) - 1,
         n=op.rows,
-        k=width(x),
+        k=width_of(x),
         weight_dtype=panels.dtype.value,
         bias=op.bias,
         **parameters,
@@ -86,7 +86,7 @@ def _tiled(kind: str, op: Any, node: Node, **parameters: Any) -> KernelSpec:
         kind,
         rows_dim=rows_dim(TensorType(scales.dtype, scales.shape[1:])),
         per_token=op.per_token,
-        experts=width(starts) - 1,
+        experts=width_of(starts) - 1,
         n=op.rows,
         k=op.width,
         bits=FORMATS[op.format].bits,

@@ -123,6 +123,14 @@ def test_what_has_no_kernel_is_named() -> None:
         lower(of_one_value(b(Tanh(), ROWS)), DType.BF16)
 
 
+def test_a_product_of_groups_has_no_kernel() -> None:
+    b = Emitter()
+    b.loc = "layers.3.attention"
+    weight = Value(Node(Param("w"), (), (TensorType(DType.F32, (4, 7, 10)),)))
+    with pytest.raises(NoKernel, match=r"^no GPU kernel for grouped_linear of 4 groups at layers.3.attention$"):
+        lower(of_one_value(b.grouped_linear(ROWS, weight, groups=4), weight), DType.BF16)
+
+
 def test_a_mixture_of_experts_has_no_kernel_yet() -> None:
     """The message says what has none, and what it is part of."""
     graph = COMMON.run(mixture_graph())
