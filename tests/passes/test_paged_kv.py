@@ -80,7 +80,9 @@ def test_ragged_batches_equal_sequences_alone(name: str, kv: DType, lengths: lis
         for group, table in tables.items():
             inputs[group.slot_mapping] = table[owner, positions // BLOCK] * BLOCK + positions % BLOCK
             inputs[group.block_tables] = table[running]
-            passed = table[running, : max(0, start - group.window + 1) // BLOCK] if group.window else []
+            passed: Array | list[int] = (
+                table[running, : max(0, start - group.window + 1) // BLOCK] if group.window else []
+            )
             for state in states:
                 if kinds[state].window == group.window:
                     states[state][passed] = np.nan

@@ -62,6 +62,39 @@ def test_a_forked_sequence_copies_blocks_of_real_states(original: Path) -> None:
             np.testing.assert_array_equal(sequence.step(2).logits[0], reference([1, 2, 3, 4, 5, 6, 2])[-1])
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages") / "tiny_windowed_model"
+    return write_package(folder, tmp_path_factory.mktemp("kernels"), windowed=True)
+
+
+def test_a_package_with_a_window(windowed: Path) -> None:
+    """Two groups of layers, each with states, slots and tables of its own."""
+    ids = np.random.default_rng(2).integers(0, VOCAB, CONTEXT).tolist()
+    with load_model(windowed, threads=2, check=True) as model:
+        np.testing.assert_array_equal(model.logits(ids), reference(ids, windowed=True))
+        prompts = [ids[:n] for n in (1, 7, 20, 3, 11, 2)]
+        for completion in model.generate(prompts, 15):
+            whole = completion.prompt_token_ids + completion.token_ids
+            rows = reference(whole, windowed=True)[len(completion.prompt_token_ids) - 1 : -1]
+            assert completion.token_ids == rows.argmax(1).tolist()
+        assert model.verify().ok
+        with model.sequence() as sequence:
+            sequence.prefill(ids[:18])
+            with sequence.fork() as other:
+                sequence.prefill(ids[18:36])
+                for token in (7, 8, 9):
+                    expected = reference([*other.token_ids, token], windowed=True)[-1]
+                    np.testing.assert_array_equal(other.step(token).logits[0], expected)
+            row = sequence.step(2).logits[0]
+            np.testing.assert_array_equal(row, reference([*ids[:36], 2], windowed=True)[-1])
+        executor = model._engine.executor
+        assert isinstance(executor, NativeExecutor)
+        # Of four sequences of the longest, and one that a long prefill keeps, each with a window and a step of tokens.
+        assert executor.num_blocks == (4 * 10, 5 * 6)
+        assert [len(state) for state in executor._states] == [40, 30]
+
+
 def test_each_task_has_private_memory(original: Path) -> None:
     """In a step of few tokens every task fills its own; in longer ones, and in a trace, the first's serves all."""
     for tokens, filled in ((1, 3), (8, 3), (9, 1)):
