@@ -174,7 +174,13 @@ def windowed_plan() -> dict[str, Any]:
     for entry in document["entries"].values():
         gather, append, mix, head = entry["launches"]
         second = {**append, "args": [0, first, first + 2], "node": "second.append"}
-        recent = {**mix, "kernel": 4, "args": [1, 3, first + 1, first + 2, 8, 7], "node": "second.recent"}
+        recent = {
+            **mix,
+            "kernel": 4,
+            "args": [1, 3, first + 1, first + 2, 8, 7],
+            "node": "second.recent",
+            "window": WINDOW,
+        }
         entry["launches"] = [gather, append, mix, second, recent, head]
     return document
 

@@ -20,7 +20,17 @@ from llmc.runtime.errors import ModelError
 from llmc.runtime.executor import NativeExecutor
 from llmc.runtime.load import load_model
 from llmc.runtime.manifest import FORMAT_VERSION
-from tests.runtime.packages import CONTEXT, VOCAB, manifest, plan, reference, weights, write_manifest, write_package
+from tests.runtime.packages import (
+    CONTEXT,
+    VOCAB,
+    WINDOW,
+    manifest,
+    plan,
+    reference,
+    weights,
+    write_manifest,
+    write_package,
+)
 
 NODES = ("gather", "layer.append", "layer.mix", "head")
 
@@ -88,6 +98,10 @@ def test_a_package_with_a_window(windowed: Path) -> None:
                     np.testing.assert_array_equal(other.step(token).logits[0], expected)
             row = sequence.step(2).logits[0]
             np.testing.assert_array_equal(row, reference([*ids[:36], 2], windowed=True)[-1])
+        (one,) = model.generate([ids[:20]], 11, profile=True, ignore_eos=True)
+        moved = {row.node: row.bytes for row in one.timings.profile if row.entry == "decode"}
+        assert moved["layer.mix"] == 10 * (8 + 4) + 4 * sum(range(20, 30))
+        assert moved["second.recent"] == 10 * (8 + 4) + 4 * 10 * WINDOW, "no more context counts than it sees"
         executor = model._engine.executor
         assert isinstance(executor, NativeExecutor)
         # Of four sequences of the longest, and one that a long prefill keeps, each with a window and a step of tokens.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmc.backends.buffers import linear_cost, window_of
 from llmc.contents import state_sizes
 from llmc.ir.graph import Graph, Leaf
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array
+from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.types import DType
 from llmc.options import Limits
 from llmc.passes.pipelines import step_pipeline
@@ -77,6 +79,15 @@ def test_forks_and_rollbacks(case: tuple[Graph, dict[str, Array], Model, tuple[i
         np.testing.assert_allclose(row, expected(graph, params, [*ids[:33], 3, 4])[-1], rtol=1e-5, atol=1e-6)
         with pytest.raises(ModelError, match="cannot roll back from 35 tokens to 10"):
             sequence.truncate(10)
+
+
+def test_costs_of_a_window() -> None:
+    """Per token of context as without one; how much context counts, the launch says."""
+    step = step_pipeline(DType.F16, 16).run(rotary_model(layers=2, windows=(20, 0)))
+    windowed, full = (node for node in step.nodes if isinstance(node.op, PagedAttention))
+    assert (window_of(windowed), window_of(full), window_of(step.nodes[0])) == (20, 0, 0)
+    for what in ("flops", "bytes"):
+        assert linear_cost(windowed, what) == linear_cost(full, what) and linear_cost(full, what)[2] > 0
 
 
 def test_sizes_of_states() -> None:
