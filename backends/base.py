@@ -41,7 +41,8 @@ class Launch:
     """One kernel run over the values it reads and writes, in the order of its C arguments.
 
     `each`: in a step of few tokens every task runs it whole, into memory of its own, and no barrier follows.
-    `flops` and `bytes` are (fixed, for each token, for each token of context) at batch 1: what the ledger sums.
+    `flops` and `bytes` are (fixed, for each token, for each token of context) at batch 1: what the ledger sums. No
+    sequence has more context than the `window`, if there is one.
     """
 
     spec: KernelSpec
@@ -50,6 +51,7 @@ class Launch:
     flops: tuple[int, int, int]
     bytes: tuple[int, int, int]
     each: bool = False
+    window: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)

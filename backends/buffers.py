@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from llmc.ir.errors import LlmcError
@@ -109,14 +110,21 @@ def parameter_name(value: Value) -> str:
     return f"{name}{'{' + attributes + '}' if attributes else ''}({','.join(map(parameter_name, value.node.inputs))})"
 
 
+def window_of(node: Node) -> int:
+    """The window of an attention, in tokens; 0 for none, and for other nodes."""
+    window: int = getattr(node.op, "window", 0)
+    return window
+
+
 def linear_cost(node: Node, what: str) -> tuple[int, int, int]:
-    """(fixed, for each token, for each token of context) at batch 1, from three evaluations."""
+    """(fixed, for each token, for each token of context) at batch 1, from three evaluations, all inside a window."""
+    op = replace(node.op, window=0) if window_of(node) else node.op  # type: ignore[type-var]
 
     num_blocks = {s.name: 1 for v in node.inputs for s in v.type.symbols if s.name.startswith("num_blocks")}
 
     def at(tokens: int, blocks: int) -> int:
         sizes = {"tokens": tokens, "sequences": 1, "outputs": 1, "max_blocks": blocks, **num_blocks}
-        cost = node.op.cost(*(v.type.substitute(dict(sizes)) for v in node.inputs))
+        cost = op.cost(*(v.type.substitute(dict(sizes)) for v in node.inputs))
         return int(getattr(cost, what))
 
     base, more_tokens, more_context = at(1, 1), at(2, 1), at(1, 2)

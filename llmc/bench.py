@@ -68,9 +68,11 @@ def bench_package(
     rows = [_run(model, tokens, prefill, decode, depth, batch) for _ in range(repeat)]
     prefill_seconds, decode_seconds, bandwidth = (statistics.median(column) for column in zip(*rows, strict=True))
     entry = executor.plan.entries["decode"]
-    context = batch * (depth + prefill + decode // 2)
-    counts = (1, batch, context)
-    moved = sum(sum(a * b for a, b in zip(launch.bytes, counts, strict=True)) for launch in entry.launches)
+    context = depth + prefill + decode // 2
+    moved = 0
+    for launch in entry.launches:
+        counts = (1, batch, batch * (min(context, launch.window) if launch.window else context))
+        moved += sum(a * b for a, b in zip(launch.bytes, counts, strict=True))
     report = BenchReport(
         package=model.info["name"],
         threads=executor.library.threads,

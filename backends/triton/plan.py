@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.backends.base import Entry, Launch
-from llmc.backends.buffers import Buffers, bounds_of, is_view, linear_cost
+from llmc.backends.buffers import Buffers, bounds_of, is_view, linear_cost, window_of
 from llmc.backends.triton.products import ProductCall
 from llmc.backends.triton.select import Step, select
 from llmc.backends.triton.tiling import Product, Tunings
@@ -110,6 +110,7 @@ def _described(launch: GpuLaunch, entry: GpuEntry, buffers: Buffers) -> dict[str
         "node": launch.node,
         "flops": list(launch.flops),
         "bytes": list(launch.bytes),
+        "window": launch.window,
     }
 
 
@@ -128,4 +129,5 @@ def _launch(node: Node, step: Step, flops: tuple[int, int, int], traffic: tuple[
         tickets=chosen.tickets,
         shares=chosen.shares,
         product=chosen.product,
+        window=window_of(node),
     )

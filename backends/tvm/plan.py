@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.backends.base import Entry, Launch
-from llmc.backends.buffers import Buffers, bounds_of, is_intermediate, is_view, linear_cost
+from llmc.backends.buffers import Buffers, bounds_of, is_intermediate, is_view, linear_cost, window_of
 from llmc.backends.tvm.each import place, runs_whole
 from llmc.backends.tvm.select import select
 from llmc.ir.graph import Graph
@@ -32,6 +32,7 @@ def describe_entry(entry: Entry, buffers: Buffers) -> dict[str, Any]:
                 "node": launch.node,
                 "flops": list(launch.flops),
                 "bytes": list(launch.bytes),
+                "window": launch.window,
             }
             for launch in entry.launches
         ],
@@ -44,4 +45,4 @@ def _launch(node: Node, graph: Graph) -> Launch:
     flops, traffic = linear_cost(node, "flops"), linear_cost(node, "bytes")
     where = f"{node.loc}:{node.op.name}" if node.loc else node.op.name
     each = runs_whole(chosen, node.results, lambda value: is_intermediate(value, graph))
-    return Launch(chosen.spec, chosen.arguments, where, flops, traffic, each)
+    return Launch(chosen.spec, chosen.arguments, where, flops, traffic, each, window=window_of(node))

@@ -107,13 +107,17 @@ def bound(moved: float, flops: float, ceilings: Mapping[str, float]) -> float:
     return max(moved / ceilings["copy_bandwidth"], flops / ceilings["matrix_rate"])
 
 
-def plan_bytes(launches: list[dict[str, Any]], tokens: int, context: int) -> int:
+def plan_bytes(launches: list[dict[str, Any]], tokens: int, context: int, sequences: int = 1) -> int:
     """What a plan's launches say that they move, for so many new tokens over so many tokens of context in all.
 
     Logits are counted for one row, whatever the batch.
     """
-    counts = (1, tokens, context)
-    return sum(sum(a * b for a, b in zip(launch["bytes"], counts, strict=True)) for launch in launches)
+    moved = 0
+    for launch in launches:
+        window = launch.get("window", 0)
+        counts = (1, tokens, min(context, sequences * window) if window else context)
+        moved += sum(a * b for a, b in zip(launch["bytes"], counts, strict=True))
+    return moved
 
 
 def _bytes_each(weights: str) -> float:

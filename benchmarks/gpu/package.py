@@ -115,7 +115,7 @@ class OpenPackage:
             for state in self.plan.states
         )
         return {
-            "plan_bytes": plan_bytes(launches, row.tokens, row.batch * context),
+            "plan_bytes": plan_bytes(launches, row.tokens, row.batch * context, row.batch),
             "kernels": len(launches),
             "graph_nodes": len(launches) + COPIES,
             "memory": parts,

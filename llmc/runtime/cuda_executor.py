@@ -245,8 +245,7 @@ class CudaExecutor:
         bucket.program.run(stream, len(launches) + 1)
         device.synchronize(stream)
         times = [device.nanoseconds(self._events[i], self._events[i + 1]) for i in range(len(launches))]
-        context = int(batch.positions[batch.query_start[:-1]].sum())
-        profile.add(bucket.bucket, self.plan.kernels, np.array(times, np.uint64), batch.dims[0], context)
+        profile.add(bucket.bucket, self.plan.kernels, np.array(times, np.uint64), batch)
 
 
 class _PreparedBucket:

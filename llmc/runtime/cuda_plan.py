@@ -23,6 +23,7 @@ from .plan import (
     parse_cost,
     parse_entries,
     parse_head,
+    parse_window,
 )
 
 CUDA_OUTPUTS = (*OUTPUTS, "chosen")
@@ -42,6 +43,7 @@ class CudaLaunch:
     node: str
     flops: tuple[int, int, int]
     bytes: tuple[int, int, int]
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,4 +167,5 @@ def _launch(field: Field, kernels: list[Kernel], buffers: int) -> CudaLaunch:
         node=field.key("node").text(),
         flops=parse_cost(field.key("flops")),
         bytes=parse_cost(field.key("bytes")),
+        window=parse_window(field.optional("window")),
     )

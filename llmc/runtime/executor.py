@@ -93,8 +93,7 @@ class NativeExecutor:
             nanoseconds = np.zeros(table.count, np.uint64) if profile is not None else None
             self._walk(table, table.launches, table.count, self.plan.each_tokens, _address_of(nanoseconds))
             if profile is not None and nanoseconds is not None:
-                context = int(batch.positions[batch.query_start[:-1]].sum())
-                profile.add(self.plan.entries[entry], self.plan.kernels, nanoseconds, dims[0], context)
+                profile.add(self.plan.entries[entry], self.plan.kernels, nanoseconds, batch)
             return StepOutput(self._outputs["logits"][: dims[3]], self._outputs["greedy"][: dims[3]])
 
     def trace(self, entry: str, batch: Batch) -> Iterator[Callable[[int, Any, tuple[int, ...]], NDArray[Any]]]:

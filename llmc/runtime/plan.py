@@ -74,7 +74,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel run. `flops` and `bytes`: (fixed, for each token, for each token of context), at one sequence.
+    """One kernel run. `flops` and `bytes`: (fixed, for each token, for each token of context), at one sequence; of the
+    latter, no more than `window` where that is not 0.
 
     `barrier`: all tasks wait after it. `each`: in a step of few tokens every task runs it whole, for itself, into
     private buffers, and nobody waits.
@@ -87,6 +88,7 @@ class Launch:
     node: str
     flops: tuple[int, int, int]
     bytes: tuple[int, int, int]
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _groups(field: Field | None) -> tuple[LayerGroup, ...]:
         return (FULL,)
     groups = []
     for item in field.items():
-        window = item.key("window").integer(0, _MAX_WINDOW)
+        window = parse_window(item.key("window"))
         name = f"window_{window}" if window else FULL.name
         if item.key("name").value != name:
             item.key("name").fail(f"{name!r}, as its window is {window}")
@@ -315,7 +317,13 @@ def _launch(field: Field, kernels: int, buffers: int) -> Launch:
         node=field.key("node").text(),
         flops=parse_cost(field.key("flops")),
         bytes=parse_cost(field.key("bytes")),
+        window=parse_window(field.optional("window")),
     )
+
+
+def parse_window(field: Field | None) -> int:
+    """A number of tokens; 0 for none."""
+    return field.integer(0, _MAX_WINDOW) if field else 0
 
 
 def parse_cost(field: Field) -> tuple[int, int, int]:

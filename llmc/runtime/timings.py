@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -29,6 +30,10 @@ class TimedLaunch(Protocol):
     def bytes(self) -> tuple[int, int, int]:
         """Bytes moved, likewise."""
 
+    @property
+    def window(self) -> int:
+        """The most tokens of context that count for a sequence; 0: all."""
+
 
 class TimedEntry(Protocol):
     """Launches that are always run together: an entry point, or its launches for one size of step."""
@@ -40,6 +45,30 @@ class TimedEntry(Protocol):
     @property
     def launches(self) -> Sequence[TimedLaunch]:
         """In order."""
+
+
+class TimedBatch(Protocol):
+    """What a step takes; `batch.Batch` is one."""
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """The new tokens' positions."""
+
+    @property
+    def query_start(self) -> NDArray[np.int32]:
+        """Where each sequence's tokens begin, and where the last end."""
+
+
+@dataclass
+class _Steps:
+    """Steps of one entry point, summed; `context` before their tokens, by the window in which it counts."""
+
+    entry: TimedEntry
+    kernels: tuple[str, ...]
+    nanoseconds: NDArray[np.uint64]
+    calls: int = 0
+    tokens: int = 0
+    context: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -60,30 +89,38 @@ class Profile:
 
     def __init__(self) -> None:
         # By identity: to hash an entry is to hash all its launches.
-        self._entries: dict[int, tuple[TimedEntry, tuple[str, ...], NDArray[np.uint64], list[int]]] = {}
+        self._entries: dict[int, _Steps] = {}
 
     def add(
-        self, entry: TimedEntry, kernels: tuple[str, ...], nanoseconds: NDArray[np.uint64], tokens: int, context: int
+        self, entry: TimedEntry, kernels: tuple[str, ...], nanoseconds: NDArray[np.uint64], batch: TimedBatch
     ) -> None:
-        """One step: u64[launches], the tokens it took and the sum over sequences of the context before them."""
-        known = self._entries.get(id(entry))
-        if known is None:
-            self._entries[id(entry)] = (entry, kernels, nanoseconds.copy(), [1, tokens, context])
-            return
-        known[2][...] += nanoseconds
-        for i, more in enumerate((1, tokens, context)):
-            known[3][i] += more
+        """One step: u64[launches], and what it took."""
+        steps = self._entries.setdefault(id(entry), _Steps(entry, kernels, np.zeros_like(nanoseconds)))
+        steps.calls += 1
+        steps.tokens += len(batch.positions)
+        steps.nanoseconds += nanoseconds
+        past = batch.positions[batch.query_start[:-1]]
+        for window in {launch.window for launch in entry.launches}:
+            steps.context[window] += int((np.minimum(past, window) if window else past).sum())
 
     def rows(self) -> tuple[ProfileRow, ...]:
         """One row for each launch of each entry, the slowest first."""
         rows = []
-        for entry, kernels, nanoseconds, (calls, tokens, context) in self._entries.values():
-            counts = (calls, tokens, context)
-            for launch, spent in zip(entry.launches, nanoseconds.tolist(), strict=True):
+        for steps in self._entries.values():
+            for launch, spent in zip(steps.entry.launches, steps.nanoseconds.tolist(), strict=True):
+                counts = (steps.calls, steps.tokens, steps.context[launch.window])
                 flops = sum(a * b for a, b in zip(launch.flops, counts, strict=True))
                 moved = sum(a * b for a, b in zip(launch.bytes, counts, strict=True))
                 rows.append(
-                    ProfileRow(entry.name, launch.node, kernels[launch.kernel], calls, spent / 1e9, flops, moved)
+                    ProfileRow(
+                        steps.entry.name,
+                        launch.node,
+                        steps.kernels[launch.kernel],
+                        steps.calls,
+                        spent / 1e9,
+                        flops,
+                        moved,
+                    )
                 )
         return tuple(sorted(rows, key=lambda row: -row.seconds))
 

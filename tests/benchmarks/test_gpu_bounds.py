@@ -63,6 +63,8 @@ def test_prefill_is_bound_by_arithmetic() -> None:
 def test_bytes_of_a_plan() -> None:
     launches = [{"bytes": [100, 10, 0]}, {"bytes": [0, 0, 2]}]
     assert plan_bytes(launches, tokens=4, context=1000) == 100 + 40 + 2000
+    launches.append({"bytes": [0, 0, 1], "window": 30})  # type: ignore[dict-item]
+    assert plan_bytes(launches, tokens=4, context=1000, sequences=4) == 100 + 40 + 2000 + 120
 
 
 def test_predictions() -> None:

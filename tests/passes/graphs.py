@@ -75,8 +75,10 @@ def rotary_model(
     weights: DType = F32,
     qkv_bias: bool = False,
     dynamic: bool = False,
+    windows: tuple[int, ...] = (),
 ) -> Graph:
-    """RMS norms, rotary positions, grouped queries, gated SiLU, tied head; vocabulary 11."""
+    """RMS norms, rotary positions, grouped queries, gated SiLU, tied head; vocabulary 11. `windows`: of each layer;
+    attention is one op then."""
     b = Model(weights)
     hidden = heads * width
     table = b.param("embed.weight", weights, (11, hidden))
@@ -94,7 +96,8 @@ def rotary_model(
                 v = b.project("value", y, kv_heads * width, qkv_bias)
                 q = b.primitive(Rope(heads, width, rotary, layout), q, cos, sin)
                 k = b.primitive(Rope(kv_heads, width, rotary, layout), k, cos, sin)
-                y = b.primitive(Attention(heads, kv_heads, width, width**-0.5), q, k, v, b.positions)
+                attention = Attention(heads, kv_heads, width, width**-0.5, window=windows[layer] if windows else 0)
+                y = b(attention, q, k, v, b.positions) if windows else b.primitive(attention, q, k, v, b.positions)
                 y = b.project("output", y, hidden)
             x = b.add(x, y)
             with b.at("mlp_norm"):

@@ -134,6 +134,33 @@ def test_given_weights_are_used() -> None:
     assert asked == shapes.keys()
 
 
+@pytest.mark.parametrize("entry", ["decode", "prefill", "verify"])
+def test_windows_are_kept_by_every_pass(entry: str) -> None:
+    check = NumericsCheck()
+    pipeline = step_pipeline(DType.F16, 4) + entry_pipeline(entry)
+    pipeline.run(rotary_model(layers=3, windows=(5, 0, 9)), observer=check)
+    assert [name.partition("{")[0] for name, _ in check.errors][-1] == pipeline.passes[-1].name
+
+
+def test_a_batch_for_trials_with_windows() -> None:
+    """What lies in a block that no window shows is NaN, and its entry of the table may be anything."""
+    step = step_pipeline(DType.F16, 4).run(rotary_model(windows=(0, 6)))
+    seen_less = 0
+    for seed in range(20):
+        trial = random_trial(step, seed)
+        tables, positions, starts = (trial.inputs[n] for n in ("block_tables_window_6", "positions", "query_start"))
+        first, last = positions[starts[:-1]], positions[starts[1:] - 1]
+        spans = [range(max(0, f - 5) // 4, n // 4 + 1) for f, n in zip(first, last, strict=True)]
+        owned = [block for row, span in zip(tables, spans, strict=True) for block in row[list(span)]]
+        assert len(set(owned)) == len(owned)
+        seen_less += sum(span.start for span in spans)
+        owner = np.repeat(np.arange(len(tables)), np.diff(starts))
+        np.testing.assert_array_equal(trial.inputs["slot_mapping_window_6"] // 4, tables[owner, positions // 4])
+        key = trial.states["layers.1.attention.key"]
+        assert set(np.flatnonzero(np.isfinite(key).all((1, 2, 3)))) == set(owned)
+    assert seen_less > 0
+
+
 def test_a_batch_for_trials() -> None:
     """Slots agree with block tables, ids fit their tables, and what belongs to no sequence is NaN."""
     step = step_pipeline(DType.F16, 4).run(learned_model())

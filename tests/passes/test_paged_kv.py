@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.ir.errors import LlmcError
-from llmc.ir.graph import Graph, Leaf, StateInput
+from llmc.ir.graph import Graph, Leaf, State, StateInput
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Value
-from llmc.ir.ops.attention import Attention
+from llmc.ir.ops.attention import Attention, PagedAttention
 from llmc.ir.types import DType, TensorType, symbol
 from llmc.ir.verify import verify
 from llmc.passes.base import PassContext
@@ -31,6 +31,7 @@ def parameters(graph: Graph) -> dict[str, Array]:
 
 
 MODELS = {name: model(layers=2) for name, model in (("rotary", rotary_model), ("learned", learned_model))}
+MODELS |= {"windowed": rotary_model(layers=3, windows=(3, 0, 6)), "one window": rotary_model(windows=(5, 5))}
 STEPS = {
     (name, kv): with_wide_states(step_pipeline(kv, BLOCK).run(g))
     for name, g in MODELS.items()
@@ -47,7 +48,8 @@ STEPS = {
     seed=st.integers(0, 99),
 )
 def test_ragged_batches_equal_sequences_alone(name: str, kv: DType, lengths: list[int], chunk: int, seed: int) -> None:
-    """Prompts are fed in chunks, all sequences together; blocks are shuffled and what nobody owns is NaN."""
+    """Prompts are fed in chunks, all sequences together; blocks are shuffled and what nobody owns, or no window shows,
+    is NaN."""
     rng = np.random.default_rng(seed)
     model, step = MODELS[name], STEPS[name, kv]
     weights = parameters(model)
@@ -55,15 +57,15 @@ def test_ragged_batches_equal_sequences_alone(name: str, kv: DType, lengths: lis
     alone = [interpret(model, {"token_ids": i, "positions": np.arange(len(i))}, weights).outputs["logits"] for i in ids]
     blocks = [-(-n // BLOCK) for n in lengths]
     count = sum(blocks) + 2
-    free = list(rng.permutation(count))
-    tables = rng.integers(0, count, (len(ids), max(blocks)))
-    for s, needed in enumerate(blocks):
-        tables[s, :needed] = [free.pop() for _ in range(needed)]
-    states = {
-        v.op.state.name: np.full(v.type.concrete({"num_blocks": count}), np.nan)
-        for v in step.states
-        if isinstance(v.op, StateInput)
-    }
+    tables = {}
+    for group in step.layer_groups:
+        free = list(rng.permutation(count))
+        tables[group] = rng.integers(0, count, (len(ids), max(blocks)))
+        for s, needed in enumerate(blocks):
+            tables[group][s, :needed] = [free.pop() for _ in range(needed)]
+    counts = {group.num_blocks: count for group in step.layer_groups}
+    kinds = {v.op.state.name: v.op.state for v in step.states if isinstance(v.op, StateInput)}
+    states = {v.op.label: np.full(v.type.concrete(counts), np.nan) for v in step.states if isinstance(v.op, StateInput)}
     for start in range(0, max(lengths), chunk):
         running = [s for s, n in enumerate(lengths) if n > start]
         stops = [min(lengths[s], start + chunk) for s in running]
@@ -72,11 +74,18 @@ def test_ragged_batches_equal_sequences_alone(name: str, kv: DType, lengths: lis
         inputs = {
             "token_ids": np.concatenate([ids[s][start:stop] for s, stop in zip(running, stops, strict=True)]),
             "positions": positions,
-            "slot_mapping": tables[owner, positions // BLOCK] * BLOCK + positions % BLOCK,
             "query_start": np.cumsum([0, *(stop - start for stop in stops)]),
-            "block_tables": tables[running],
             "logit_rows": rng.permutation(len(positions)),
         }
+        for group, table in tables.items():
+            inputs[group.slot_mapping] = table[owner, positions // BLOCK] * BLOCK + positions % BLOCK
+            inputs[group.block_tables] = table[running]
+            passed: Array | list[int] = (
+                table[running, : max(0, start - group.window + 1) // BLOCK] if group.window else []
+            )
+            for state in states:
+                if kinds[state].window == group.window:
+                    states[state][passed] = np.nan
         result = interpret(step, inputs, weights, states)
         states = result.states
         expected = np.stack([alone[owner[row]][positions[row]] for row in inputs["logit_rows"]])
@@ -105,6 +114,43 @@ def test_the_interface() -> None:
     ]
     assert {s.dtype for s in states} == {DType.BF16}
     assert all(s.max is None for s in graph.symbols.values())
+
+
+def test_groups_of_layers() -> None:
+    graph = PagedKv(8, DType.BF16).run(COMMON.run(rotary_model(layers=4, windows=(24, 0, 8, 24))), PassContext())
+    assert [getattr(v.op, "label", None) for v in graph.inputs][2:] == [
+        "slot_mapping",
+        "query_start",
+        "block_tables",
+        "slot_mapping_window_8",
+        "block_tables_window_8",
+        "slot_mapping_window_24",
+        "block_tables_window_24",
+        "logit_rows",
+    ]
+    states = [v.op.state for v in graph.states if isinstance(v.op, StateInput)]
+    assert [s.layer_group for s in states[::2]] == ["window_24", "full", "window_8", "window_24"]
+    assert [str(s.shape[0]) for s in states[::2]] == [
+        f"num_blocks{n}" for n in ("_window_24", "", "_window_8", "_window_24")
+    ]
+    assert [n.op.window for n in graph.nodes if isinstance(n.op, PagedAttention)] == [24, 0, 8, 24]
+    for node in graph.nodes:
+        if isinstance(node.op, PagedAttention) and node.op.window == 8:
+            assert node.inputs[-1] == graph.leaf("block_tables_window_8")
+    verify(graph)
+
+
+def test_one_group_has_plain_names() -> None:
+    graph = PagedKv().run(COMMON.run(rotary_model(windows=(5, 5))), PassContext())
+    assert not [v for v in graph.inputs if "window" in getattr(v.op, "label", "")]
+    assert {v.op.state.layer_group for v in graph.states if isinstance(v.op, StateInput)} == {"window_5"}
+
+
+def test_a_layer_group_that_nobody_knows() -> None:
+    with pytest.raises(
+        LlmcError, match=r"state 'key': the layer group is 'ring', expected 'full' or 'window_<tokens>'"
+    ):
+        _ = State("key", "paged_kv", F32, (1, 2), "ring").window
 
 
 def test_rows_are_gathered_before_the_last_norm() -> None:

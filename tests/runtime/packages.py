@@ -1,7 +1,8 @@
-"""A package written by hand: a language model of four C kernels, linked with the native runtime, in a folder.
+"""A package written by hand: a language model of a few C kernels, linked with the native runtime, in a folder.
 
 The model: the logits after token t are `table[t, v]` plus the sum of `history[u, v]` over the tokens u of its context,
-which are kept as f32 in paged blocks. It is small enough to compute in numpy, and uses every kind of buffer.
+which are kept as f32 in paged blocks. It is small enough to compute in numpy, and uses every kind of buffer. Where it
+is windowed, a second layer adds `history` of the last `WINDOW` tokens once more.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from llmc.backends.render import render
 from tests.fixtures import REPOSITORY
 
 RUNTIME = REPOSITORY / "llmc" / "runtime"
-VOCAB, BLOCK, CONTEXT = 23, 4, 40
+VOCAB, BLOCK, CONTEXT, WINDOW = 23, 4, 40, 6
 
 KERNELS = """
 #include <stdint.h>
 #define EXPORT __attribute__((visibility("default")))
 #define VOCAB 23
 #define BLOCK 4
+#define WINDOW 6
 
 EXPORT void append(int32_t task, int32_t tasks, const int32_t *dims, const int32_t *token_ids,
                    const int32_t *slot_mapping, float *state) {
@@ -46,6 +48,18 @@ EXPORT void mix(int32_t task, int32_t tasks, const int32_t *dims, const int32_t 
           sum += history[(int)state[block_tables[s * dims[2] + p / BLOCK] * BLOCK + p % BLOCK] * VOCAB + v];
         mixed[t * VOCAB + v] = sum;
       }
+}
+
+EXPORT void recent(int32_t task, int32_t tasks, const int32_t *dims, const int32_t *positions,
+                   const int32_t *query_start, const int32_t *block_tables, const float *state, const float *history,
+                   float *mixed) {
+  for (int s = 0; s < dims[1]; s++)
+    for (int t = query_start[s]; t < query_start[s + 1]; t++)
+      for (int v = task; v < VOCAB; v += tasks)
+        for (int p = positions[t] < WINDOW ? 0 : positions[t] - WINDOW + 1; p <= positions[t]; p++) {
+          int token = (int)state[block_tables[s * dims[2] + p / BLOCK] * BLOCK + p % BLOCK];
+          mixed[t * VOCAB + v] += history[token * VOCAB + v];
+        }
 }
 
 EXPORT void gather(int32_t task, int32_t tasks, const int32_t *dims, const int32_t *token_ids, const float *table,
@@ -75,10 +89,12 @@ def weights() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return both[0], both[1]
 
 
-def reference(token_ids: list[int]) -> NDArray[np.float32]:
+def reference(token_ids: list[int], windowed: bool = False) -> NDArray[np.float32]:
     """All logits, in numpy."""
     history, table = weights()
     logits: NDArray[np.float32] = np.cumsum(history[token_ids], axis=0) + table[token_ids]
+    for i in range(len(token_ids)) if windowed else ():
+        logits[i] += history[token_ids[max(0, i + 1 - WINDOW) : i + 1]].sum(0)
     return logits
 
 
@@ -145,6 +161,30 @@ def plan() -> dict[str, Any]:
     }
 
 
+def windowed_plan() -> dict[str, Any]:
+    """plan.json with a second layer, whose states are a group of their own."""
+    document = plan()
+    group = f"window_{WINDOW}"
+    document["groups"].append({"name": group, "window": WINDOW})
+    document["states"].append({**document["states"][0], "name": "second.key", "group": 1})
+    first = len(document["buffers"])
+    document["buffers"] += [{"kind": "input", "name": f"{n}_{group}"} for n in ("slot_mapping", "block_tables")]
+    document["buffers"].append({"kind": "state", "index": 1})
+    document["kernels"].append("recent")
+    for entry in document["entries"].values():
+        gather, append, mix, head = entry["launches"]
+        second = {**append, "args": [0, first, first + 2], "node": "second.append"}
+        recent = {
+            **mix,
+            "kernel": 4,
+            "args": [1, 3, first + 1, first + 2, 8, 7],
+            "node": "second.recent",
+            "window": WINDOW,
+        }
+        entry["launches"] = [gather, append, mix, second, recent, head]
+    return document
+
+
 def manifest(name: str) -> dict[str, Any]:
     """manifest.json without the files."""
     variant = {"name": "any", "kernels": "kernels-any.so", "weights": "weights.bin", "requires": []}
@@ -160,23 +200,23 @@ def manifest(name: str) -> dict[str, Any]:
     }
 
 
-def checks() -> dict[str, Any]:
+def checks(windowed: bool = False) -> dict[str, Any]:
     """checks.json, from the numpy reference."""
-    ids = [3, 1, 4, 1, 5]
-    row = reference(ids)[-1]
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 5] if windowed else [3, 1, 4, 1, 5]
+    row = reference(ids, windowed)[-1]
     top = [[int(t), float(row[t])] for t in np.argsort(-row, kind="stable")[:8]]
     case = {"token_ids": ids, "top": top, "max_abs": float(np.abs(row).max())}
     return {"cases": [case], "tolerance": 1e-5, "reference": "numpy"}
 
 
-def write_package(folder: Path, scratch: Path) -> Path:
+def write_package(folder: Path, scratch: Path, windowed: bool = False) -> Path:
     """A whole package in `folder`, importable by its name; the linked library is kept in `scratch`."""
     folder.mkdir(parents=True)
     history, table = weights()
     padding = bytes(-history.nbytes % 64)
     files: dict[str, bytes] = {
-        "plan.json": json.dumps(plan()).encode(),
-        "checks.json": json.dumps(checks()).encode(),
+        "plan.json": json.dumps(windowed_plan() if windowed else plan()).encode(),
+        "checks.json": json.dumps(checks(windowed)).encode(),
         "weights.bin": history.tobytes() + padding + table.tobytes(),
         "kernels-any.so": _library(scratch).read_bytes(),
         **{f"runtime/{path.name}": path.read_bytes() for path in RUNTIME.glob("*.py")},

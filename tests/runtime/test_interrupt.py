@@ -48,6 +48,7 @@ def fork(model: Model) -> None:
             other.step(1)
             sequence.step(2)
             sequence.truncate(3)
+            other.prefill([6] * 20)
 
 
 USES: dict[str, Callable[[Model], Any]] = {
@@ -58,9 +59,10 @@ USES: dict[str, Callable[[Model], Any]] = {
 }
 
 
+@pytest.mark.parametrize("windows", [(0,), (0, 3)])
 @pytest.mark.parametrize("use", USES)
-def test_an_interrupt_at_every_line(use: str) -> None:
-    model = tiny()
+def test_an_interrupt_at_every_line(use: str, windows: tuple[int, ...]) -> None:
+    model = tiny(windows=windows)
     line, expected = 1, greedy(model, [3, 1, 4, 1, 5], 6)
     while True:
         interrupt = InterruptAt(line)
@@ -81,6 +83,7 @@ def test_an_interrupt_at_every_line(use: str) -> None:
     gc.collect()
     model._engine.reconcile()
     assert free_blocks(model) == (48, 0, 48)
+    assert all(manager.num_free == manager.num_blocks for manager in model._engine.managers)
 
 
 def test_an_interrupt_inside_a_step() -> None:
@@ -105,3 +108,30 @@ def test_a_sequence_survives_the_interrupt_of_its_step() -> None:
         row = sequence.step(4).logits[0]
         assert (row == executor_of(model).model.logits([1, 2, 3, 4])[-1]).all()
     assert free_blocks(model) == (48, 0, 48)
+
+
+@pytest.mark.parametrize("windows", [(0,), (0, 3), (5,)])
+def test_a_sequence_is_whole_after_an_interrupt_at_any_line(windows: tuple[int, ...]) -> None:
+    """It holds what it held before a long prefill, or, when that was done, all of it; and computes what that gives."""
+    model = tiny(windows=windows)
+    line, held = 1, set()
+    while True:
+        with model.sequence() as sequence:
+            sequence.prefill([1, 2, 3, 4, 5, 6, 7])
+            interrupt = InterruptAt(line)
+            sys.settrace(interrupt)
+            try:
+                sequence.prefill([9] * 36)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            held.add(sequence.length)
+            row = sequence.step(4).logits[0]
+            assert (row == executor_of(model).model.logits(sequence.token_ids)[-1]).all()
+        if not interrupt.fired:
+            break
+        line += 1 + line // 60
+    assert held == {7, 43}
+    model._engine.reconcile()
+    assert all(manager.num_free == manager.num_blocks for manager in model._engine.managers)

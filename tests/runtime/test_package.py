@@ -20,7 +20,17 @@ from llmc.runtime.errors import ModelError
 from llmc.runtime.executor import NativeExecutor
 from llmc.runtime.load import load_model
 from llmc.runtime.manifest import FORMAT_VERSION
-from tests.runtime.packages import CONTEXT, VOCAB, manifest, plan, reference, weights, write_manifest, write_package
+from tests.runtime.packages import (
+    CONTEXT,
+    VOCAB,
+    WINDOW,
+    manifest,
+    plan,
+    reference,
+    weights,
+    write_manifest,
+    write_package,
+)
 
 NODES = ("gather", "layer.append", "layer.mix", "head")
 
@@ -60,6 +70,43 @@ def test_a_forked_sequence_copies_blocks_of_real_states(original: Path) -> None:
             for token in (7, 8, 9):
                 np.testing.assert_array_equal(other.step(token).logits[0], reference([*other.token_ids])[-1])
             np.testing.assert_array_equal(sequence.step(2).logits[0], reference([1, 2, 3, 4, 5, 6, 2])[-1])
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages") / "tiny_windowed_model"
+    return write_package(folder, tmp_path_factory.mktemp("kernels"), windowed=True)
+
+
+def test_a_package_with_a_window(windowed: Path) -> None:
+    """Two groups of layers, each with states, slots and tables of its own."""
+    ids = np.random.default_rng(2).integers(0, VOCAB, CONTEXT).tolist()
+    with load_model(windowed, threads=2, check=True) as model:
+        np.testing.assert_array_equal(model.logits(ids), reference(ids, windowed=True))
+        prompts = [ids[:n] for n in (1, 7, 20, 3, 11, 2)]
+        for completion in model.generate(prompts, 15):
+            whole = completion.prompt_token_ids + completion.token_ids
+            rows = reference(whole, windowed=True)[len(completion.prompt_token_ids) - 1 : -1]
+            assert completion.token_ids == rows.argmax(1).tolist()
+        assert model.verify().ok
+        with model.sequence() as sequence:
+            sequence.prefill(ids[:18])
+            with sequence.fork() as other:
+                sequence.prefill(ids[18:36])
+                for token in (7, 8, 9):
+                    expected = reference([*other.token_ids, token], windowed=True)[-1]
+                    np.testing.assert_array_equal(other.step(token).logits[0], expected)
+            row = sequence.step(2).logits[0]
+            np.testing.assert_array_equal(row, reference([*ids[:36], 2], windowed=True)[-1])
+        (one,) = model.generate([ids[:20]], 11, profile=True, ignore_eos=True)
+        moved = {row.node: row.bytes for row in one.timings.profile if row.entry == "decode"}
+        assert moved["layer.mix"] == 10 * (8 + 4) + 4 * sum(range(20, 30))
+        assert moved["second.recent"] == 10 * (8 + 4) + 4 * 10 * WINDOW, "no more context counts than it sees"
+        executor = model._engine.executor
+        assert isinstance(executor, NativeExecutor)
+        # Of four sequences of the longest, and one that a long prefill keeps, each with a window and a step of tokens.
+        assert executor.num_blocks == (4 * 10, 5 * 6)
+        assert [len(state) for state in executor._states] == [40, 30]
 
 
 def test_each_task_has_private_memory(original: Path) -> None:

@@ -17,7 +17,7 @@ from llmc.runtime.document import Field, parse_document
 from llmc.runtime.errors import ModelError
 from llmc.runtime.manifest import FORMAT_VERSION, read_manifest
 from llmc.runtime.plan import FULL, INPUTS, LayerGroup, inputs_of, parse_plan
-from tests.runtime.packages import manifest, plan
+from tests.runtime.packages import manifest, plan, windowed_plan
 
 WEIGHTS = 8192
 VALUES = st.one_of(
@@ -179,15 +179,6 @@ def test_a_plan_of_format_version_2() -> None:
     assert read.groups == (FULL,) and [state.group for state in read.states] == [0]
 
 
-def windowed_plan() -> dict[str, Any]:
-    """A second group of layers, whose window is 6 tokens."""
-    document = plan()
-    document["groups"].append({"name": "window_6", "window": 6})
-    document["states"].append({**document["states"][0], "name": "second.key", "group": 1})
-    document["buffers"] += [{"kind": "input", "name": f"{n}_window_6"} for n in ("slot_mapping", "block_tables")]
-    return document
-
-
 def test_groups_of_layers() -> None:
     read = parse_plan(Field(windowed_plan(), "plan.json"), WEIGHTS)
     assert read.groups == (FULL, LayerGroup("window_6", 6)) and [state.group for state in read.states] == [0, 1]
@@ -218,7 +209,7 @@ GROUPS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no number": (lambda d: d["groups"][1].update(window="6"), r"groups\[1\].window: expected an integer"),
     "a state's": (lambda d: d["states"][1].update(group=2), r"states\[1\].group: expected an integer from 0 to 1"),
     "an input's": (
-        lambda d: d["buffers"][-1].update(name="block_tables_window_7"),
+        lambda d: d["buffers"][14].update(name="block_tables_window_7"),
         r"buffers\[14\].name: expected one of",
     ),
 }

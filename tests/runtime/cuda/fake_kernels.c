@@ -1,7 +1,7 @@
 /* The kernels of the fake driver: the language model of tests/runtime/packages.py, one call a launch. */
 #include "fake_cuda.h"
 
-enum { VOCAB = 23, BLOCK = 4 };
+enum { VOCAB = 23, BLOCK = 4, WINDOW = 6 };
 
 int fake_launches(const Node *nodes, int first, int last) {
   int count = 0;
@@ -20,14 +20,15 @@ static int append(const Entry *entry, const int32_t *dims) {
   return 0;
 }
 
-static int mix(const Entry *entry, const int32_t *dims, int decode) {
+/* With a window: added to what is there already. */
+static int mix(const Entry *entry, const int32_t *dims, int decode, int window) {
   const int32_t *positions = AT(int32_t, 0), *query_start = AT(int32_t, 1), *block_tables = AT(int32_t, 2);
   const float *state = AT(float, 3), *history = AT(float, 4);
   for (int s = 0; s < dims[1]; s++)
     for (int t = decode ? s : query_start[s]; t < (decode ? s + 1 : query_start[s + 1]); t++)
       for (int v = 0; v < VOCAB; v++) {
-        float sum = 0;
-        for (int p = 0; p <= positions[t]; p++)
+        float sum = window ? AT(float, 5)[t * VOCAB + v] : 0;
+        for (int p = window && positions[t] >= window ? positions[t] - window + 1 : 0; p <= positions[t]; p++)
           sum += history[(int)state[block_tables[s * dims[2] + p / BLOCK] * BLOCK + p % BLOCK] * VOCAB + v];
         AT(float, 5)[t * VOCAB + v] = sum;
       }
@@ -75,8 +76,10 @@ static int timed(const Entry *entry, const int32_t *dims) {
 int fake_kernel(const char *name, const Entry *entry) {
   const int32_t *dims = AT(int32_t, entry->arguments - 3);
   if (strcmp(name, "append_fn") == 0) return append(entry, dims);
-  if (strcmp(name, "mix_fn") == 0) return mix(entry, dims, 0);
-  if (strcmp(name, "mix_decode_fn") == 0) return mix(entry, dims, 1);
+  if (strcmp(name, "mix_fn") == 0) return mix(entry, dims, 0, 0);
+  if (strcmp(name, "mix_decode_fn") == 0) return mix(entry, dims, 1, 0);
+  if (strcmp(name, "recent_fn") == 0) return mix(entry, dims, 0, WINDOW);
+  if (strcmp(name, "recent_decode_fn") == 0) return mix(entry, dims, 1, WINDOW);
   if (strcmp(name, "gather_fn") == 0) return gather(entry, dims);
   if (strcmp(name, "head_fn") == 0) return head(entry, dims);
   if (strcmp(name, "select_token_fn") == 0) return select_token(entry, dims);

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.backends.render import render
-from tests.runtime.packages import BLOCK, CONTEXT, RUNTIME, VOCAB, checks, weights, write_manifest
+from tests.runtime.packages import BLOCK, CONTEXT, RUNTIME, VOCAB, WINDOW, checks, weights, write_manifest
 
 KERNELS = ("gather", "append", "mix", "mix_decode", "head", "select_token")
 ARGUMENTS = {"gather": 4, "append": 4, "mix": 7, "mix_decode": 7, "head": 7, "select_token": 5}
@@ -39,15 +39,50 @@ def kernels() -> dict[str, Any]:
     }
 
 
-def images(capability: str = "9.0") -> dict[str, bytes]:
+def images(capability: str = "9.0", windowed: bool = False) -> dict[str, bytes]:
     """What kernels-sm_90.zip holds: "cubins" and PTX that the fake driver reads; a launch has two hidden arguments."""
     found = {}
-    for name, count in ARGUMENTS.items():
+    for name, count in {**ARGUMENTS, "recent": 7, "recent_decode": 7}.items() if windowed else ARGUMENTS.items():
         found[f"{name}.cubin"] = f"\x7fELF{capability} {name}_fn {count + 2}".encode()
         parameters = ",\n".join(f".param .u64 p{i}" for i in range(count + 2))
         head = f".version 8.4\n.target sm_{capability.replace('.', '')}\n"
         found[f"{name}.ptx"] = f"{head}.visible .entry {name}_fn(\n{parameters}\n)\n{{ ret; }}\n".encode()
     return found
+
+
+def windowed_kernels() -> dict[str, Any]:
+    """kernels-sm_90.json with the kernels of a second layer, which look at a window."""
+    found = kernels()
+    return (
+        found
+        | {"recent": {**found["mix"], "function": "recent_fn"}}
+        | {"recent_decode": {**found["mix_decode"], "function": "recent_decode_fn"}}
+    )
+
+
+def windowed_plan() -> dict[str, Any]:
+    """plan-sm_90.json with a second layer, whose states are a group of their own."""
+    document = plan()
+    group = f"window_{WINDOW}"
+    document["groups"].append({"name": group, "window": WINDOW})
+    document["states"].append({**document["states"][0], "name": "second.key", "group": 1})
+    first = len(document["buffers"])
+    document["buffers"] += [{"kind": "input", "name": f"{n}_{group}"} for n in ("slot_mapping", "block_tables")]
+    document["buffers"].append({"kind": "state", "index": 1})
+    document["kernels"] += ["recent", "recent_decode"]
+    for name, entry in document["entries"].items():
+        for bucket in entry["buckets"]:
+            _, append, mix, *_ = bucket["launches"]
+            token_ids, _, _, dims = append["args"]
+            positions, query_start, _, _, history, mixed, _ = mix["args"]
+            kernel = document["kernels"].index("recent_decode" if name == "decode" else "recent")
+            second = [token_ids, first, first + 2, dims]
+            recent = [positions, query_start, first + 1, first + 2, history, mixed, dims]
+            bucket["launches"][3:3] = [
+                {**append, "node": "second.append", "args": second},
+                {**mix, "node": "second.recent", "args": recent, "kernel": kernel},
+            ]
+    return document
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -150,15 +185,15 @@ def weights_file() -> bytes:
     return history.tobytes() + bytes(-history.nbytes % 64) + table.tobytes()
 
 
-def write_cuda_package(folder: Path, launcher: bytes | None) -> Path:
+def write_cuda_package(folder: Path, launcher: bytes | None, windowed: bool = False) -> Path:
     """A whole package in `folder`, importable by its name; without `launcher` it launches by ctypes."""
     folder.mkdir(parents=True)
     (folder / "runtime").mkdir()
     files = {
-        "plan-sm_90.json": json.dumps(plan()).encode(),
-        "kernels-sm_90.json": json.dumps(kernels()).encode(),
-        "kernels-sm_90.zip": archive(images()),
-        "checks.json": json.dumps(checks()).encode(),
+        "plan-sm_90.json": json.dumps(windowed_plan() if windowed else plan()).encode(),
+        "kernels-sm_90.json": json.dumps(windowed_kernels() if windowed else kernels()).encode(),
+        "kernels-sm_90.zip": archive(images(windowed=windowed)),
+        "checks.json": json.dumps(checks(windowed)).encode(),
         "weights.bin": weights_file(),
         **({"launcher.so": launcher} if launcher else {}),
         **{f"runtime/{path.name}": path.read_bytes() for path in RUNTIME.glob("*.py")},
