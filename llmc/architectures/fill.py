@@ -2,7 +2,7 @@
 
 A field is, in this order: what the table says (a number, a flag, a text, or an expression of `[config]` names), the
 `[config]` value of the field's own name, the field's default. A block's table may have `when`, a condition: where it
-does not hold, the table under `otherwise` is read instead, or the block is the field's default.
+does not hold, the table under `otherwise` is laid over it, or, if there is none, the block is the field's default.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ class Filler:
                 raise DescriptionError(f"{place}: 'when' must be a condition, as text")
             holds = convert(self.settings.evaluate(condition, f"{place}, when"), bool, f"{place}, when")
             rest = {k: v for k, v in table.items() if k not in ("when", "otherwise")}
-            self._mention(role, branch if holds else rest)
-            table = rest if holds else branch
+            other = None if branch is None else _other(role, rest, branch)
+            self._mention(role, other if holds else rest)
+            table = rest if holds else other
         return table
 
     def _mention(self, role: type, table: object) -> None:
@@ -114,6 +115,31 @@ class Filler:
 
     def _key(self, name: str) -> str:
         return f"{self.settings.source}: {self.settings.origin(name)!r}"
+
+
+def _other(role: type, table: Mapping[str, Any], branch: object) -> object:
+    """What `otherwise` says, and what it leaves as it is; of a block of another kind only the fields that it has."""
+    if not isinstance(branch, dict):
+        return branch
+    kind = role.kinds.get(branch.get("kind", "")) if issubclass(role, Block) else None
+    if kind is not None and is_dataclass(kind):
+        table = {k: v for k, v in table.items() if k in {f.name for f in fields(kind)}}
+    return merged(table, branch)
+
+
+def merged(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table laid over another: tables are merged, lists follow each other, all else is replaced. A block of another
+    kind replaces the whole block."""
+    result = dict(base)
+    for key, value in table.items():
+        old = base.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = merged(old, value)
+        elif isinstance(value, list) and isinstance(old, list):
+            result[key] = [*old, *value]
+        else:
+            result[key] = value
+    return result
 
 
 def _plain(hint: Any) -> Any:

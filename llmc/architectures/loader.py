@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.architectures.expression import names, shown
-from llmc.architectures.fill import DescriptionError, Filler
+from llmc.architectures.fill import DescriptionError, Filler, merged
 from llmc.architectures.layers import Layer
 from llmc.architectures.model import Model
 from llmc.architectures.rope import RopeType
@@ -29,6 +29,7 @@ class Common:
     harmless: tuple[str, ...]
     neutral: Mapping[str, list[Any]]
     rope_types: Mapping[str, RopeType]
+    missing_blocks: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Description:
     neutral: Mapping[str, list[Any]]
     requires: tuple[str, ...]
     rules: Mapping[str, Rule]
+    own_rules: tuple[str, ...]
     blocks: Mapping[str, Any]
 
     def apply(self, config: Mapping[str, Any], source: str) -> Model:
@@ -60,7 +62,7 @@ class Description:
         for condition in self.requires:
             self._check(settings, condition)
         _check_layer_types(settings, model.num_layers)
-        if idle := sorted(set(self.rules) - settings.used):
+        if idle := sorted(set(self.own_rules) - settings.used):
             raise DescriptionError(f"{self.source}, [config]: no block uses {', '.join(idle)}")
         neutral = {**shared.neutral, **self.neutral}
         settings.check_understood((*shared.harmless, *self.ignored), neutral, self.model_types[0])
@@ -100,7 +102,7 @@ def common() -> Common:
     """The keys that all families share."""
     table = tomllib.loads(resources.files(__package__).joinpath("common.toml").read_text(encoding="utf-8"))
     types = {k: RopeType(t["scaling"], tuple(t["needs"]), tuple(t["may"])) for k, t in table["rope_types"].items()}
-    return Common(tuple(table["harmless"]), table["neutral"], types)
+    return Common(tuple(table["harmless"]), table["neutral"], types, table["missing_blocks"])
 
 
 def find_description(model_type: object, source: str, architecture: Path | None = None) -> Description:
@@ -114,10 +116,14 @@ def find_description(model_type: object, source: str, architecture: Path | None 
         return parse_description(data, str(architecture))
     known = descriptions()
     if model_type is None:
-        raise ConfigurationError(f"{source}: the key 'model_type' is missing; known: {', '.join(sorted(known))}")
+        raise ConfigurationError(f"{source}: the key 'model_type' is missing; it says which description is meant")
     if not isinstance(model_type, str) or model_type not in known:
-        given = str(model_type)[:80]
-        raise ConfigurationError(f"{source}: the model type {given!r} has no description; {nearest(given, known)}")
+        given, missing = str(model_type)[:80], common().missing_blocks
+        why = f"no block computes {missing[given]}" if given in missing else nearest(given, known)
+        raise ConfigurationError(
+            f"{source}: the model type {given!r} has no description; {why} (--architecture takes one of yours,"
+            " docs/architectures.md shows how)"
+        )
     return known[model_type]
 
 
@@ -130,10 +136,12 @@ def parse_description(data: bytes, source: str) -> Description:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise DescriptionError(f"{source} is no TOML: {error}") from error
     texts = ("model_types", "ignored", "unused_tensors", "requires")
-    known = (*texts, "optional_prefix", "neutral", "config", *_BLOCK_TABLES)
+    known = (*texts, "extends", "optional_prefix", "neutral", "config", *_BLOCK_TABLES)
     for key in table:
         if key not in known:
             raise DescriptionError(f"{source}: there is no table or key {key!r}; {nearest(key, known)}")
+    inherited = _rules(_base(table, source).get("config", {}), source)
+    table = _extended(_base(table, source), table)
     model_types = _texts(table, "model_types", source)
     if not model_types:
         raise DescriptionError(f"{source}: 'model_types' must name at least one model type")
@@ -147,7 +155,31 @@ def parse_description(data: bytes, source: str) -> Description:
     rules = _rules(table.get("config", {}), source)
     blocks = {k: table[k] for k in _BLOCK_TABLES if k in table}
     _, ignored, unused, requires = (_texts(table, name, source) for name in texts)
-    return Description(source, model_types, ignored, unused, prefix, neutral, requires, rules, blocks)
+    own = tuple(name for name in rules if rules[name] != inherited.get(name))
+    return Description(source, model_types, ignored, unused, prefix, neutral, requires, rules, own, blocks)
+
+
+def _base(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The description that a description extends, whole, without its model types."""
+    name = table.get("extends")
+    if name is None:
+        return {}
+    files = {f.name: f for f in resources.files(__package__).iterdir() if f.name.endswith(".toml")}
+    known = sorted(n.removesuffix(".toml") for n in files if n != "common.toml")
+    if name not in known:
+        raise DescriptionError(f"{source}: there is no description {name!r} to extend; {nearest(str(name), known)}")
+    base = tomllib.loads(files[f"{name}.toml"].read_text(encoding="utf-8"))
+    whole = _extended(_base(base, f"{name}.toml"), base)
+    return {k: v for k, v in whole.items() if k not in ("model_types", "extends")}
+
+
+def _extended(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """A description laid over another; a `[config]` value is said anew as a whole."""
+    whole = merged(base, table)
+    rules = base.get("config", {}), table.get("config", {})
+    if all(isinstance(part, dict) for part in rules):
+        whole["config"] = {**rules[0], **rules[1]}
+    return whole
 
 
 def _texts(table: Mapping[str, Any], key: str, source: str) -> tuple[str, ...]:
@@ -166,9 +198,9 @@ def _rules(table: Any, source: str) -> dict[str, Rule]:
 
 def _rule(name: str, entry: Any, where: str) -> Rule:
     entry = {"key": entry} if isinstance(entry, str) else entry
-    allowed = {"key", "default", "otherwise", "per_layer"}
+    allowed = {"key", "default", "null", "otherwise", "per_layer"}
     if not isinstance(entry, dict) or not set(entry) <= allowed or not {"key", "otherwise"} & set(entry):
-        raise DescriptionError(f"{where} must be a key's name or {{ key, default | otherwise, per_layer }}")
+        raise DescriptionError(f"{where} must be a key's name or {{ key, default | otherwise, null, per_layer }}")
     if name == LAYER:
         raise DescriptionError(f"{where}: {LAYER!r} is the number of a layer already")
     keys = entry.get("key", [])
@@ -182,7 +214,7 @@ def _rule(name: str, entry: Any, where: str) -> Rule:
         raise DescriptionError(f"{where}: 'otherwise' must be an expression, without a 'default'")
     if not isinstance(per_layer, bool):
         raise DescriptionError(f"{where}: 'per_layer' must be true or false")
-    return Rule(tuple(keys), default, otherwise, per_layer)
+    return Rule(tuple(keys), default, otherwise, per_layer, entry.get("null"))
 
 
 def _check_layer_types(settings: Settings, num_layers: int) -> None:

@@ -102,6 +102,6 @@ class Model:
             return self.max_positions
         longest = self.positions.longest or MAX_DIMENSION
         if not 1 <= wanted <= longest:
-            why = " (the table of positions ends there)" if self.positions.longest else ""
+            why = " (the positions of the description end there)" if self.positions.longest else ""
             raise ConfigurationError(f"the maximum sequence length must be 1 to {longest}{why}, given {wanted}")
         return wanted

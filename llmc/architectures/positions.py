@@ -28,7 +28,8 @@ class Positions(Block):
 class RotaryPositions(Positions, kind="rotary"):
     """Rotary embedding (Su et al., 2021) of queries and keys; nothing is added to the embeddings.
 
-    `layout` is `half` or `interleaved` (see the op `rope`).
+    `layout` is `half` or `interleaved` (see the op `rope`); `ends`: beyond the trained length the model does something
+    else, so that sequences may not be longer.
     """
 
     name: str
@@ -36,10 +37,11 @@ class RotaryPositions(Positions, kind="rotary"):
     rope: RopeParameters
     layout: str = "half"
     rotary_dim: int | None = None
+    ends: bool = False
 
     @property
     def longest(self) -> int | None:
-        return None
+        return self.rope.max_positions if self.ends else None
 
     def __post_init__(self) -> None:
         smallest = 4 if self.rope.scaling == "dynamic" else 2  # its exponent is d / (d - 2)

@@ -63,7 +63,8 @@ def read_rope(settings: Settings, types: Mapping[str, RopeType], max_positions: 
     kind = types[name]
     theta = _same(settings, given, "rope_theta", where)
     partial = _same(settings, given, "partial_rotary_factor", where)
-    if (outer := settings.take("original_max_position_embeddings")) is not None:
+    outer = settings.take("original_max_position_embeddings")
+    if outer is not None and "original_max_position_embeddings" in (*kind.needs, *kind.may):
         given["original_max_position_embeddings"] = outer
     for key in given:
         if key not in (*kind.needs, *kind.may):
@@ -104,7 +105,9 @@ def _spelling(settings: Settings) -> tuple[dict[str, Any], str]:
 
 def _same(settings: Settings, given: dict[str, Any], key: str, where: str) -> Any:
     """A key that stands inside the table or beside it."""
-    inner, outer = given.pop(key, None), settings.get(key) if key in settings else settings.take(key)
+    inner, outer = given.pop(key, None), settings.stated(key)
+    if inner is None and outer is None and key in settings:
+        outer = settings.get(key)
     if inner is not None and outer is not None and inner != outer:
         raise ConfigurationError(f"{where}: {key} is {inner!r} here and {outer!r} beside it")
     return outer if inner is None else inner

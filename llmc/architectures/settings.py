@@ -29,13 +29,15 @@ ZERO = Count(0)
 class Rule:
     """How one named value is read: the first of `keys` that is set, else `default`, else `otherwise` evaluated.
 
-    A key with a dot is one inside a table. `per_layer`: the value is a list with one entry for each layer.
+    A key with a dot is one inside a table. `per_layer`: the value is a list with one entry for each layer. `null`: the
+    value of a key that is there and null, where that is not the same as a key that is absent.
     """
 
     keys: tuple[str, ...]
     default: bool | int | float | str | list[Any] | None = None
     otherwise: str | None = None
     per_layer: bool = False
+    null: bool | int | float | str | None = None
 
 
 class Settings:
@@ -78,6 +80,8 @@ class Settings:
             if any(value != first for value in others):
                 raise ConfigurationError(f"{self.source}: {given} are two names of one value and differ")
             return self._of_layer(name, first) if rule.per_layer else first
+        if rule.null is not None and any(key in self.config for key in rule.keys):
+            return rule.null
         if rule.otherwise is not None:
             self._open.append(name)
             value = self.evaluate(rule.otherwise, f"{name} of {self.source}")
@@ -95,6 +99,13 @@ class Settings:
             return self.config.get(key)
         table = self.config.get(outer)
         return table.get(inner) if isinstance(table, dict) else None
+
+    def stated(self, name: str) -> Any:
+        """What the configuration itself says of a name, or of a key where there is no such name; else None."""
+        if name not in self.rules:
+            return self.take(name)
+        self.mention(name)
+        return next((value for key in self.rules[name].keys if (value := self.take(key)) is not None), None)
 
     def mention(self, table: object) -> None:
         """What a table of a description names counts as used and understood, although nothing asks for it now."""
@@ -130,11 +141,14 @@ class Settings:
 
     def check_understood(self, harmless: Iterable[str], neutral: Mapping[str, list[Any]], family: str) -> None:
         """Raise `ConfigurationError` for a key that was not read and could change the computation."""
-        accepted = self.taken | set(harmless)
+        harmless = set(harmless)
+        accepted = self.taken | harmless
         for key, value in self._flat():
-            if key in accepted or value is None:
+            inner = key.rpartition(".")[2]
+            if key in accepted or inner in harmless or value is None:
                 continue
-            if key not in neutral:
+            known = key if key in neutral else inner
+            if known not in neutral:
                 close = get_close_matches(key, sorted(self.taken | set(neutral)), n=1, cutoff=0.0)
                 raise ConfigurationError(
                     f"{self.source}: the key {key!r} (= {shown(value)}) is not understood and may change what the model"
@@ -142,8 +156,8 @@ class Settings:
                     if close
                     else f"{self.source}: the key {key!r} (= {shown(value)}) is not understood"
                 )
-            if not any(type(value) is type(allowed) and value == allowed for allowed in neutral[key]):
-                allowed = " or ".join(map(shown, neutral[key])) or "null"
+            if not any(type(value) is type(allowed) and value == allowed for allowed in neutral[known]):
+                allowed = " or ".join(map(shown, neutral[known])) or "null"
                 raise ConfigurationError(
                     f"{self.source}: {key!r} is {shown(value)}, which the blocks of {family!r} do not compute;"
                     f" supported: {allowed}"

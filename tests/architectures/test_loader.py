@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmc.architectures.fill import DescriptionError
-from llmc.architectures.loader import descriptions, parse_description
+from llmc.architectures.loader import parse_description
 from llmc.architectures.settings import ConfigurationError, evaluate
 from llmc.importers.hf import import_model
 from llmc.ir.errors import LlmcError
@@ -71,10 +71,10 @@ def test_a_description_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_descriptions_are_short_and_complete() -> None:
-    assert set(descriptions()) == {"llama", "gpt2"}
     for file in resources.files("llmc.architectures").iterdir():
         if file.name.endswith(".toml") and file.name != "common.toml":
-            assert len(file.read_text().splitlines()) <= 45
+            lines = file.read_text().splitlines()
+            assert len(lines) <= 50 and max(map(len, lines)) <= 120, file.name
 
 
 @pytest.mark.parametrize(
