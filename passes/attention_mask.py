@@ -9,17 +9,9 @@ from llmc.ir.errors import LlmcError
 from llmc.ir.op import Node, Value
 from llmc.ir.ops.elementwise import GreaterEqual, LogicalAnd
 from llmc.ir.ops.shape import Expand, Reshape, Transpose
-from llmc.ir.pattern import NoMatch
 from llmc.ir.types import Dim, DType, TensorType, upper_bound
 from llmc.passes.position_forms import Form, form, moved, single
-
-
-class Refused(Exception):
-    """Why a subgraph is no attention; the NoMatch is the argument."""
-
-    def __init__(self, reason: str, node: Node, depth: int) -> None:
-        super().__init__(reason)
-        self.refusal = NoMatch(reason, node, depth)
+from llmc.passes.views import Refused
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from llmc.ir.ops.elementwise import Add, Cast, Div, Mask, Mul, MulScalar, Neg, T
 from llmc.ir.ops.linear import Matmul
 from llmc.ir.ops.shape import Expand, Reshape
 from llmc.ir.types import DType
-from llmc.passes.attention_mask import Condition, Refused, conditions
+from llmc.passes.attention_mask import Condition, conditions
 from llmc.passes.position_forms import Form, form, single, squeezed
+from llmc.passes.views import Refused
 
 _HIDDEN = -1e30
 """Scores at or below this weigh exactly nothing after a softmax in any of our dtypes."""

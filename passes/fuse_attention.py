@@ -15,11 +15,11 @@ from llmc.ir.ops.shape import Constant, Expand, Reshape, Transpose
 from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
 from llmc.ir.types import Dim, DType
-from llmc.passes.attention_mask import Refused, causal_window
+from llmc.passes.attention_mask import causal_window
 from llmc.passes.attention_scores import Bias, read_scores, unscaled
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.position_forms import squeezed
-from llmc.passes.views import reshaped, through_transposes
+from llmc.passes.views import Refused, reshaped, through_transposes
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.linear import Linear
+from llmc.ir.ops.routing import Routing
 from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
 from llmc.passes.base import Pass, PassContext, common_place
@@ -26,7 +27,7 @@ class PackLinears(Pass):
 
 class Pack(Rule):
     """All linears of one input that have neither activation nor residual, and the same dtypes and bias-ness; the last
-    is the root."""
+    is the root. One that a routing reads stays by itself: it keeps its dtype where others are quantized."""
 
     name = "pack-linears"
     roots = (Linear,)
@@ -34,14 +35,17 @@ class Pack(Rule):
     def match(self, root: Node, graph: Graph) -> Match | NoMatch:
         if not _packable(root):
             return NoMatch("the linear has an activation or a residual", root)
+        if _routes(root, graph):
+            return NoMatch("a routing reads the linear", root)
         readers = list(dict.fromkeys(n for n, i in graph.uses[root.inputs[0]] if i == 0 and isinstance(n.op, Linear)))
         if len(readers) == 1:
             return NoMatch("no other linear reads its input", root)
-        group = [n for n in readers if _packable(n) and _kind(n) == _kind(root)]
+        group = [n for n in readers if _packable(n) and _kind(n) == _kind(root) and not _routes(n, graph)]
         if len(group) == 1:
             other = next(n for n in readers if n is not root)
             kind = f"has weights of another kind, {_kind(other)}"
             why = kind if _packable(other) else "has an activation or a residual"
+            why = "a routing reads that" if _routes(other, graph) else why
             return NoMatch(f"another linear reads its input, but {why}", other, 1)
         if root is not group[-1]:
             return NoMatch("it is packed with a linear further on", root)
@@ -71,6 +75,10 @@ class Pack(Rule):
 
 def _packable(node: Node) -> bool:
     return isinstance(node.op, Linear) and node.op.activation == "none" and not node.op.residual
+
+
+def _routes(node: Node, graph: Graph) -> bool:
+    return any(isinstance(reader.op, Routing) for reader, _ in graph.uses.get(node.results[0], ()))
 
 
 def _kind(node: Node) -> tuple[str, ...]:

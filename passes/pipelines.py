@@ -9,6 +9,7 @@ from llmc.passes.canonicalize import Canonicalize
 from llmc.passes.constant_fold import ConstantFold
 from llmc.passes.fuse_append import FuseAppend
 from llmc.passes.fuse_attention import FuseAttention
+from llmc.passes.fuse_experts import FuseExperts
 from llmc.passes.fuse_mlp import FuseMlp
 from llmc.passes.fuse_norm import FuseNorm
 from llmc.passes.fuse_residual import FuseResidual
@@ -30,6 +31,7 @@ COMMON = Pipeline(
         FuseAttention(),  # what may mix tokens gets a name
         AbsorbLatent(),  # what attention reads, before linears are packed and states are made for it
         FuseMlp(),  # activations and gates go into their linears, before these are packed
+        FuseExperts(),  # whose gates have the activations that were just named, and who is chosen by whom
         PackLinears(),  # queries, keys and values in one product
         FuseResidual(),  # what is left of additions goes into the linears, which packing leaves as they are now
         ConstantFold(),  # tables in the shapes that fused ops take

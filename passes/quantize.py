@@ -8,6 +8,7 @@ from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph, Input, Param
 from llmc.ir.op import Emitter, Node, Op, Value
 from llmc.ir.ops.embedding import Embedding
+from llmc.ir.ops.experts import Experts
 from llmc.ir.ops.linear import GatedLinear, Linear
 from llmc.ir.ops.quantized import (
     DequantizeWeight,
@@ -16,8 +17,11 @@ from llmc.ir.ops.quantized import (
     QuantizedLinear,
     QuantizeWeight,
 )
+from llmc.ir.ops.quantized_experts import QuantizedExperts
+from llmc.ir.ops.routing import Routing
+from llmc.ir.ops.shape import Reshape
 from llmc.ir.quant import FORMATS, INTEGER_FORMATS
-from llmc.ir.types import DType
+from llmc.ir.types import DType, Shape
 from llmc.passes.base import Pass, PassContext
 
 NONE = "none"
@@ -46,13 +50,15 @@ def refusal(format: str, activations: str) -> str | None:
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """`linear`, `gated_linear` and `embedding` become their quantized forms, over `quantize_weight` of the weight. With
-    `activations` "kept", linears stay and read `dequantize_weight` of it: the kernel for the two is the backend's.
+    """`linear`, `gated_linear`, `experts` and `embedding` become their quantized forms, over `quantize_weight` of the
+    weight. With `activations` "kept", products stay and read `dequantize_weight` of it: the kernel for the two is the
+    backend's.
 
-    `format` is for linears; `lm_head` for the one that makes `logits`, like `format` unless given; `embedding` for the
-    table of token_ids, which is kept unless given, but for a table that is the head's weight too: that has the head's
-    format. `none` keeps a part in its dtype. Readers of one weight share its codes. `grouped_linear` keeps its weights:
-    they are a fiftieth of a model's, and all scores and values of attention pass through them.
+    `format` is for linears and experts; `lm_head` for the linear that makes `logits`, like `format` unless given;
+    `embedding` for the table of token_ids, which is kept unless given, but for a table that is the head's weight too:
+    that has the head's format. `none` keeps a part in its dtype. A linear whose result a routing reads is kept: it is
+    small, and it decides. Readers of one weight share its codes. `grouped_linear` keeps its weights: they are a
+    fiftieth of a model's, and all scores and values of attention pass through them.
 
     Raises `LlmcError` for a format that does not exist, and for a table of which head and embedding disagree,
     and for one that activations in 8 bits do not go with.
@@ -108,6 +114,7 @@ class _Quantizing:
 
     def __post_init__(self) -> None:
         self.head = head_of(self.graph)
+        self.routers = {n.inputs[0].node for n in self.graph.nodes if isinstance(n.op, Routing)}
 
     def emit(self, node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         """What takes the node's place."""
@@ -115,15 +122,38 @@ class _Quantizing:
         b.loc = node.loc
         kept = node.results if inputs == node.inputs else b.make(node.op, inputs).results
         format = self._format(node)
-        if format == NONE or not self._is_weight(node.inputs[1]) or not self.context.fire(f"quantized-{node.op.name}"):
+        weights = node.inputs[2:4] if isinstance(node.op, Experts) else node.inputs[1:2]
+        if format == NONE or not all(map(self._is_weight, weights)):
             return kept
+        if not self.context.fire(f"quantized-{node.op.name}"):
+            return kept
+        if isinstance(node.op, Experts):
+            return (self._experts(b, node.op, inputs, format),)
         first, weight, *rest = inputs
         if self.options.activations == KEPT and not isinstance(node.op, Embedding):
             return b.make(node.op, (first, self._dequantized(b, weight, format), *rest)).results
         return b.make(_quantized(node.op, format, weight), (first, *self._quantized(b, weight, format), *rest)).results
 
+    def _experts(self, b: Emitter, op: Experts, inputs: tuple[Value, ...], format: str) -> Value:
+        """The experts, whose weights [experts, n, k] are quantized as one matrix each."""
+        x, weights, *stored = inputs[:4]
+        matrices = [b.one(Reshape(_matrix_shape(w)), w) for w in stored]
+        if self.options.activations == KEPT:
+            wide = [
+                b.one(Reshape(w.type.shape), self._dequantized(b, m, format))
+                for m, w in zip(matrices, stored, strict=True)
+            ]
+            return b.one(op, x, weights, *wide, *inputs[4:])
+        codes = [v for m in matrices for v in self._quantized(b, m, format)]
+        quantized = QuantizedExperts(format, op.activation, op.gating, op.bias, op.limit, op.experts_per_token)
+        return b.one(quantized, x, weights, *codes, *inputs[4:])
+
     def _format(self, node: Node) -> str:
         """The format of the weight that a node reads."""
+        if isinstance(node.op, Experts) and node.types[0].dtype is DType.F32:
+            return self.options.format
+        if node in self.routers:
+            return NONE
         if isinstance(node.op, Linear | GatedLinear) and node.types[0].dtype is DType.F32:
             return self.options.head if node is self.head else self.options.format
         if isinstance(node.op, Embedding) and node.op.dtype is DType.F32 and _is_tokens(node.inputs[0]):
@@ -170,6 +200,12 @@ def _quantized(op: Op, format: str, weight: Value) -> Op:
     if isinstance(op, GatedLinear):
         return QuantizedGatedLinear(format, op.activation, op.bias)
     return QuantizedEmbedding(format, _width(weight))
+
+
+def _matrix_shape(weight: Value) -> Shape:
+    """Of weights [experts, n, k]: [experts · n, k]."""
+    experts, rows, width = weight.type.concrete({})
+    return experts * rows, width
 
 
 def _width(weight: Value) -> int:

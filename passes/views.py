@@ -1,10 +1,19 @@
-"""Reading through ops that only look at data another way, for rules that must not mind how many there are."""
+"""Walking a subgraph: through ops that only look at data another way, however many there are, or giving up."""
 
 from __future__ import annotations
 
-from llmc.ir.op import Emitter, Value
+from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.shape import Reshape, Transpose
+from llmc.ir.pattern import NoMatch
 from llmc.ir.types import Shape
+
+
+class Refused(Exception):
+    """Why a subgraph is not what a rule looks for; raised while it is walked, `refusal` says it to the rule."""
+
+    def __init__(self, reason: str, node: Node, depth: int) -> None:
+        super().__init__(reason)
+        self.refusal = NoMatch(reason, node, depth)
 
 
 def reshaped(b: Emitter, value: Value, shape: Shape) -> Value:

@@ -169,6 +169,21 @@ class Relu(Unary):
 
 
 @dataclass(frozen=True)
+class Clamp(Unary):
+    """x within [low, high]; an infinite bound is none. NaN stays."""
+
+    low: float
+    high: float
+
+    def infer(self, *types: TensorType) -> tuple[TensorType, ...]:
+        self.expects(self.low <= self.high, "low at most high", self.low, self.high)
+        return super().infer(*types)
+
+    def reference(self, *arrays: Array) -> tuple[Array, ...]:
+        return (np.clip(arrays[0], self.low, self.high),)
+
+
+@dataclass(frozen=True)
 class Cos(Unary):
     """Cosine of an angle in radians."""
 

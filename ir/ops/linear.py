@@ -67,7 +67,7 @@ class Linear(Op):
         x, weight, *rest = values
         y = _product(b, x, weight)
         if self.bias:
-            y = b.add(y, _in_dtype_of(b, rest[0], x))
+            y = b.add(y, in_dtype_of(b, rest[0], x))
         if self.activation != "none":
             y = _activate(b, y, self.activation)
         return b.add(y, rest[-1]) if self.residual else y
@@ -96,7 +96,7 @@ class GatedLinear(Op):
         x, weight, *bias = values
         y = _product(b, x, weight)
         if bias:
-            y = b.add(y, _in_dtype_of(b, bias[0], x))
+            y = b.add(y, in_dtype_of(b, bias[0], x))
         rows = weight.type.shape[0]
         assert isinstance(rows, int)
         gate = b.slice(y, axis=1, start=0, stop=rows // 2)
@@ -106,12 +106,13 @@ class GatedLinear(Op):
 
 
 def _product(b: Emitter, x: Value, weight: Value) -> Value:
-    transposed = b.transpose(_in_dtype_of(b, weight, x), axes=(1, 0))
+    transposed = b.transpose(in_dtype_of(b, weight, x), axes=(1, 0))
     result: Value = b.matmul(x, transposed)
     return result
 
 
-def _in_dtype_of(b: Emitter, value: Value, like: Value) -> Value:
+def in_dtype_of(b: Emitter, value: Value, like: Value) -> Value:
+    """The value, cast to another's dtype where it has a different one."""
     if value.type.dtype is like.type.dtype:
         return value
     result: Value = b.cast(value, dtype=like.type.dtype)

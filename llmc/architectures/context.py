@@ -10,6 +10,7 @@ import numpy as np
 
 from llmc.ir.builder import Builder
 from llmc.ir.op import Op, Value
+from llmc.ir.ops.elementwise import ACTIVATIONS as OP_ACTIVATIONS
 from llmc.ir.ops.elementwise import GeluErf, GeluTanh, Relu, Silu
 from llmc.ir.ops.linear import Linear
 from llmc.ir.types import DType
@@ -101,6 +102,10 @@ class Context:
             if bias:
                 y = self.b.add(y, self.vector(size, "small", "bias"))
         return y
+
+    def op_activation(self, name: str) -> str:
+        """The attribute value of an activation, by the name that configurations use."""
+        return next(value for value, op in OP_ACTIVATIONS.items() if op is ACTIVATIONS[name])
 
     def activate(self, name: str, x: Value) -> Value:
         """An activation function, by the name that configurations use."""

@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from llmc.architectures.blocks import Layer
 from llmc.architectures.expression import names, shown
 from llmc.architectures.fill import DescriptionError, Filler, merged
-from llmc.architectures.layers import Layer
 from llmc.architectures.model import Model
 from llmc.architectures.rope import RopeType
 from llmc.architectures.settings import LAYER, ConfigurationError, Rule, Settings, convert

@@ -42,6 +42,7 @@ def rope(kind: str = "default", **keys: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **keys}}
 
 
+MIXTURE = {**NAMES, "moe_intermediate_size": 36, "num_experts_per_tok": 3}
 LONG_ROPE = {
     **NAMES,
     "pad_token_id": 0,
@@ -89,6 +90,16 @@ FAMILIES = {
         "granite",
         {**NAMES, "embedding_multiplier": 3.0, "logits_scaling": 5.0, "residual_multiplier": 0.4,
          "attention_multiplier": 0.2},
+    ),
+    "mixtral": Family("mixtral", {**NAMES, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3_moe": Family(
+        "qwen3_moe", {**MIXTURE, "head_dim": 14, "num_experts": 7, "norm_topk_prob": True, "mlp_only_layers": [1]}
+    ),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {**NAMES, "head_dim": 14, "sliding_window": 6, "num_local_experts": 5, "num_experts_per_tok": 3,
+         "swiglu_limit": 0.7, "layer_types": [SLIDING, FULL, SLIDING],
+         **rope("yarn", factor=4.0, original_max_position_embeddings=24, truncate=False)},
     ),
     "gpt_bigcode": Family("gpt_bigcode", {**OLDER, "n_inner": 92}),
     "gpt_bigcode, key heads for all": Family("gpt_bigcode", {**OLDER, "multi_query": False}),

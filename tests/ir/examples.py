@@ -16,6 +16,7 @@ from llmc.ir.ops.elementwise import (
     Add,
     AddScalar,
     Cast,
+    Clamp,
     Cos,
     Div,
     Erf,
@@ -46,6 +47,7 @@ from llmc.ir.ops.rope import DynamicFrequencies, Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
 from llmc.ir.types import DType, TensorType
 from tests.ir.example import SIZE, Example, T, f, i, silu
+from tests.ir.expert_examples import EXPERT_EXAMPLES
 from tests.ir.quantized_examples import QUANTIZED
 
 erf = np.vectorize(math.erf)
@@ -176,6 +178,13 @@ EXAMPLES = [
     Example(Sigmoid(), (f(4),), lambda x: np.exp(x) / (1 + np.exp(x)), {0: np.array([-30.0, -1, 0, 20])}),
     Example(Erf(), (f(T),), erf),
     Example(Relu(), (f(T, 3),), lambda x: np.where(x > 0, x, 0)),
+    Example(Clamp(-0.5, math.inf), (f(T, 3),), lambda x: np.where(x < -0.5, -0.5, x)),
+    Example(
+        Clamp(-1.0, 2.0),
+        (f(4),),
+        lambda x: np.array([-1.0, 2.0, 1.5, np.nan]),
+        {0: np.array([-9.0, np.inf, 1.5, np.nan])},
+    ),
     Example(Cos(), (f(T),), np.cos),
     Example(Sin(), (f(T),), np.sin),
     Example(GreaterEqual(), (i(T, 1), i(1, T)), lambda x, y: x >= y),
@@ -217,6 +226,7 @@ EXAMPLES = [
         lambda x, w, b: silu(x @ w[:2].T + b[:2]) * (x @ w[2:].T + b[2:]),
     ),
     *QUANTIZED,
+    *EXPERT_EXAMPLES,
     Example(RmsNorm(0.1), (f(T, 4), f(4)), rms),
     Example(LayerNorm(0.1), (f(2, T, 4), f(4), f(4)), layer_norm),
     Example(AddRmsNorm(0.1), (f(T, 4), f(T, 4), f(4)), lambda x, r, w: (x + r, rms(x + r, w))),

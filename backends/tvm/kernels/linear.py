@@ -11,8 +11,9 @@ from functools import partial
 
 from tvm.script import tirx as T
 
-from llmc.backends.tvm.kernels.outputs import gated_result, linear_result, store_panel
+from llmc.backends.tvm.kernels.outputs import experts_gated_result, gated_result, linear_result, store_panel
 from llmc.backends.tvm.kernels.pairs import pair_matmul
+from llmc.backends.tvm.kernels.segments import each_segment
 from llmc.backends.tvm.kernels.vector import (
     PREFETCH,
     STORAGE,
@@ -54,6 +55,25 @@ def gated_linear(symbol, isa, *, rows_dim, n, k, weight_dtype, activation):
     return _maker(isa, weight_dtype)(symbol, isa, rows_dim, n, k, HALF, result, False, False)
 
 
+def experts_linear(symbol, isa, *, experts, n, k, weight_dtype, bias=False):
+    """x f32 [rows, k], starts i32 [experts + 1], w [experts, ...] packed as for `linear`, [bias f32 [experts, n]],
+    y f32 [rows, n]: rows starts[e] to starts[e + 1] of x times matrix e. Other rows of y are not written, matrices that
+    have no rows are not read."""
+
+    result = linear_result(n, bias, "none", False)
+    return _maker(isa, weight_dtype)(symbol, isa, 0, n, k, PANEL, result, bias, False, experts)
+
+
+def experts_gated_linear(
+    symbol, isa, *, experts, n, k, weight_dtype, activation, gating="product", limit=0.0, bias=False
+):
+    """The same with w [experts, ...] packed as for `gated_linear`, bias f32 [experts, ceil(n / 8), 16] packed alike,
+    and the gatings of `ir.ops.experts`."""
+
+    result = experts_gated_result(n, activation, gating, limit, bias)
+    return _maker(isa, weight_dtype)(symbol, isa, 0, n, k, HALF, result, bias, False, experts)
+
+
 def _maker(isa, weight_dtype):
     """How an instruction set multiplies weights of a dtype: a function of the parameters that follow it in `_matmul`.
 
@@ -61,8 +81,9 @@ def _maker(isa, weight_dtype):
     return pair_matmul if weight_dtype == "bf16" and isa.bf16_dot else partial(_matmul, weight_dtype)
 
 
-def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual):
-    """`columns`: outputs of one panel; `result` as `kernels.outputs` gives it."""
+def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, residual, experts=0):
+    """`columns`: outputs of one panel; `result` as `kernels.outputs` gives it; `experts`: how many matrices there are,
+    each for a segment of rows; 0 is one matrix for all."""
     L, V = isa.lanes, isa.vectors
     panels = -(-n // columns)
     row_tile = isa.row_tile
@@ -104,38 +125,25 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
             with T.If(here == height), T.Then():
                 sums(*where, height, width)
 
-    @T.prim_func(s_tir=True)
-    def kernel(
-        task: T.int32,
-        tasks: T.int32,
-        dims: T.handle("int32"),
-        x: T.handle("float32"),
-        w: T.handle(storage),
-        b: T.handle("float32"),
-        r: T.handle("float32"),
-        y: T.handle("float32"),
-    ):
-        D = T.decl_buffer((4,), "int32", data=dims)
-        X = T.decl_buffer((1,), "float32", data=x)
-        W = T.decl_buffer((1,), storage, data=w)
-        B = T.decl_buffer((n,), "float32", data=b)
-        R = T.decl_buffer((1,), "float32", data=r)
-        Y = T.decl_buffer((1,), "float32", data=y)
-        S = T.alloc_buffer((max(row_tile, CHAINS // V) * PANEL,), "float32", scope="local")
-        rows: T.let = D[rows_dim]
+    def units(rows):
+        """Units of work of the product with one matrix."""
+        return panels * T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
+
+    @T.inline
+    def work(X, W, B, R, Y, S, rows, base, which, begin, count):
+        """Units begin..begin + count of the product of rows base..base + rows with matrix `which`."""
         chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
-        begin: T.let = share(task, tasks, panels * chunks)
-        count: T.let = share(task + 1, tasks, panels * chunks) - begin
         # Few rows are one chunk: a unit of work is a panel, and several are taken at once.
         wide: T.let = T.min(STREAMS, T.truncdiv(CHAINS // V, T.max(rows, 1)))
         grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, T.max(wide, 1)), 0)
         for g in T.serial(grouped):
-            sums_of(groups, rows, X, W, S, 0, begin + g * wide)
+            sums_of(groups, rows, X, W, S, base, which * panels + begin + g * wide)
             for i in T.serial(rows):
                 for p in T.serial(wide):
                     panel: T.let = begin + g * wide + p
+                    place = T.meta_var((base + i) * n + panel * columns)
                     store_panel(
-                        result, S, (i * wide + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
+                        result, S, (i * wide + p) * PANEL, base + i, panel, B, R, Y, place, n, columns, L, which
                     )
         for u in T.serial(count - grouped * wide):
             unit: T.let = begin + grouped * wide + u
@@ -146,12 +154,39 @@ def _matmul(weight_dtype, symbol, isa, rows_dim, n, k, columns, result, bias, re
             tiles: T.let = T.truncdiv(height + row_tile - 1, row_tile)
             for t in T.serial(tiles):
                 # Tiles of nearly equal height: 7 rows are 3 + 4, not 6 + 1.
-                row: T.let = top + share(t, tiles, height)
-                here: T.let = top + share(t + 1, tiles, height) - row
-                sums_of(dict.fromkeys(range(1, row_tile + 1), 1), here, X, W, S, row, panel)
+                row: T.let = base + top + share(t, tiles, height)
+                here: T.let = base + top + share(t + 1, tiles, height) - row
+                sums_of(dict.fromkeys(range(1, row_tile + 1), 1), here, X, W, S, row, which * panels + panel)
                 for i in T.serial(here):
-                    store_panel(
-                        result, S, i * PANEL, row + i, panel, B, R, Y, (row + i) * n + panel * columns, n, columns, L
-                    )
+                    place = T.meta_var((row + i) * n + panel * columns)
+                    store_panel(result, S, i * PANEL, row + i, panel, B, R, Y, place, n, columns, L, which)
 
-    return specialised(kernel, symbol, {"b": bias, "r": residual})
+    @T.prim_func(s_tir=True)
+    def kernel(
+        task: T.int32,
+        tasks: T.int32,
+        dims: T.handle("int32"),
+        x: T.handle("float32"),
+        starts: T.handle("int32"),
+        w: T.handle(storage),
+        b: T.handle("float32"),
+        r: T.handle("float32"),
+        y: T.handle("float32"),
+    ):
+        D = T.decl_buffer((4,), "int32", data=dims)
+        X = T.decl_buffer((1,), "float32", data=x)
+        E = T.decl_buffer((1,), "int32", data=starts)
+        W = T.decl_buffer((1,), storage, data=w)
+        B = T.decl_buffer((1,), "float32", data=b)
+        R = T.decl_buffer((1,), "float32", data=r)
+        Y = T.decl_buffer((1,), "float32", data=y)
+        S = T.alloc_buffer((max(row_tile, CHAINS // V) * PANEL,), "float32", scope="local")
+        where = T.meta_var((X, W, B, R, Y, S))
+        if experts > 0:
+            each_segment(E, experts, task, tasks, units, work, where)
+        else:
+            begin: T.let = share(task, tasks, units(D[rows_dim]))
+            count: T.let = share(task + 1, tasks, units(D[rows_dim])) - begin
+            work(*where, D[rows_dim], 0, 0, begin, count)
+
+    return specialised(kernel, symbol, {"starts": experts > 0, "b": bias, "r": residual})

@@ -16,6 +16,7 @@ from tvm.ir import StringImm
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.outputs import store_panel
+from llmc.backends.tvm.kernels.segments import each_segment
 from llmc.backends.tvm.kernels.vector import PREFETCH, at, f32, i32, load, prefetch, share, specialised, splat
 from llmc.backends.tvm.packing import PANEL
 
@@ -65,9 +66,9 @@ define internal <16 x i32> @llmc_pairs(<32 x i16> %w) alwaysinline {
 """.replace("ORDER", ", ".join(f"i32 {i}, i32 {i + PANEL}" for i in range(PANEL)))
 
 
-def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
+def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual, experts=0):
     """The kernel with the C signature of `kernels.linear`, whose maker gives the parameters. `columns`: outputs of one
-    panel; `result` as in `kernels.outputs`."""
+    panel; `result` as in `kernels.outputs`; `experts`: how many matrices there are, or 0."""
     L = isa.lanes
     assert L == PANEL, "a register holds the pairs of a panel"
     panels = -(-n // columns)
@@ -133,45 +134,34 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
                 with T.If(T.And(here == height, count == abreast)), T.Then():
                     sums(*where, height, abreast)
 
-    @T.prim_func(s_tir=True)
-    def kernel(
-        task: T.int32,
-        tasks: T.int32,
-        dims: T.handle("int32"),
-        x: T.handle("float32"),
-        w: T.handle("uint16"),
-        b: T.handle("float32"),
-        r: T.handle("float32"),
-        y: T.handle("float32"),
-    ):
-        D = T.decl_buffer((4,), "int32", data=dims)
-        X = T.decl_buffer((1,), "float32", data=x)
-        W = T.decl_buffer((1,), "uint16", data=w)
-        B = T.decl_buffer((n,), "float32", data=b)
-        R = T.decl_buffer((1,), "float32", data=r)
-        Y = T.decl_buffer((1,), "float32", data=y)
-        S = T.alloc_buffer((max(row_tile, ABREAST * PAIR_TILE) * PANEL,), "float32", scope="local")
-        Z = T.alloc_buffer((row_chunk * stride,), "int32", scope="local")
+    def abreast_of(rows):
+        """Panels of a unit of work. One chunk is rounded once for a whole task, so there a unit can be a panel."""
+        return T.Select(rows > row_chunk, PANEL_CHUNK, 1)
+
+    def units(rows):
+        """Units of work of the product with one matrix."""
+        per_chunk = T.truncdiv(panels + abreast_of(rows) - 1, abreast_of(rows))
+        return per_chunk * T.truncdiv(rows + row_chunk - 1, row_chunk)
+
+    @T.inline
+    def work(X, W, B, R, Y, S, Z, rows, base, which, begin, count):
+        """Units begin..begin + count of the product of rows base..base + rows with matrix `which`."""
         rounded = T.alloc_buffer((1,), "int32", scope="local")
         rounded[0] = -1
-        rows: T.let = D[rows_dim]
         chunks: T.let = T.truncdiv(rows + row_chunk - 1, row_chunk)
-        # One chunk is rounded once for a whole task, so a unit can be a panel.
-        abreast: T.let = T.Select(chunks > 1, PANEL_CHUNK, 1)
-        units: T.let = T.truncdiv(panels + abreast - 1, abreast) * chunks
-        begin: T.let = share(task, tasks, units)
-        count: T.let = share(task + 1, tasks, units) - begin
+        abreast: T.let = abreast_of(rows)
         grouped: T.let = T.Select(T.And(rows > 0, rows <= few), T.truncdiv(count, ABREAST), 0)
         if grouped > 0:
-            round_rows(X, Z, 0, rows)
+            round_rows(X, Z, base, rows)
             rounded[0] = 0
         for g in T.serial(grouped):
-            few_sums(rows, Z, W, S, 0, begin + g * ABREAST)
+            few_sums(rows, Z, W, S, 0, which * panels + begin + g * ABREAST)
             for i in T.serial(rows):
                 for p in T.serial(ABREAST):
                     panel: T.let = begin + g * ABREAST + p
+                    place = T.meta_var((base + i) * n + panel * columns)
                     store_panel(
-                        result, S, (i * ABREAST + p) * PANEL, i, panel, B, R, Y, i * n + panel * columns, n, columns, L
+                        result, S, (i * ABREAST + p) * PANEL, base + i, panel, B, R, Y, place, n, columns, L, which
                     )
         for u in T.serial(count - grouped * ABREAST):
             unit: T.let = begin + grouped * ABREAST + u
@@ -181,7 +171,7 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
             top: T.let = share(chunk, chunks, rows)
             height: T.let = share(chunk + 1, chunks, rows) - top
             if chunk != rounded[0]:
-                round_rows(X, Z, top, height)
+                round_rows(X, Z, base + top, height)
                 rounded[0] = chunk
             high: T.let = T.Select(chunks > 1, PAIR_TILE, row_tile)
             tiles: T.let = T.truncdiv(height + high - 1, high)
@@ -193,13 +183,43 @@ def pair_matmul(symbol, isa, rows_dim, n, k, columns, result, bias, residual):
                 for p in T.serial(T.truncdiv(end - first + step - 1, step)):
                     panel: T.let = first + p * step
                     both: T.let = T.min(step, end - panel)
-                    tile_sums(here, both, Z, W, S, row, panel)
+                    tile_sums(here, both, Z, W, S, row, which * panels + panel)
                     for i in T.serial(here * both):
-                        r: T.let = top + row + T.truncdiv(i, both)
-                        which: T.let = panel + T.truncmod(i, both)
-                        store_panel(result, S, i * PANEL, r, which, B, R, Y, r * n + which * columns, n, columns, L)
+                        r: T.let = base + top + row + T.truncdiv(i, both)
+                        one: T.let = panel + T.truncmod(i, both)
+                        place = T.meta_var(r * n + one * columns)
+                        store_panel(result, S, i * PANEL, r, one, B, R, Y, place, n, columns, L, which)
 
-    made = specialised(kernel, symbol, {"b": bias, "r": residual})
+    @T.prim_func(s_tir=True)
+    def kernel(
+        task: T.int32,
+        tasks: T.int32,
+        dims: T.handle("int32"),
+        x: T.handle("float32"),
+        starts: T.handle("int32"),
+        w: T.handle("uint16"),
+        b: T.handle("float32"),
+        r: T.handle("float32"),
+        y: T.handle("float32"),
+    ):
+        D = T.decl_buffer((4,), "int32", data=dims)
+        X = T.decl_buffer((1,), "float32", data=x)
+        E = T.decl_buffer((1,), "int32", data=starts)
+        W = T.decl_buffer((1,), "uint16", data=w)
+        B = T.decl_buffer((1,), "float32", data=b)
+        R = T.decl_buffer((1,), "float32", data=r)
+        Y = T.decl_buffer((1,), "float32", data=y)
+        S = T.alloc_buffer((max(row_tile, ABREAST * PAIR_TILE) * PANEL,), "float32", scope="local")
+        Z = T.alloc_buffer((row_chunk * stride,), "int32", scope="local")
+        where = T.meta_var((X, W, B, R, Y, S, Z))
+        if experts > 0:
+            each_segment(E, experts, task, tasks, units, work, where)
+        else:
+            begin: T.let = share(task, tasks, units(D[rows_dim]))
+            count: T.let = share(task + 1, tasks, units(D[rows_dim])) - begin
+            work(*where, D[rows_dim], 0, 0, begin, count)
+
+    made = specialised(kernel, symbol, {"starts": experts > 0, "b": bias, "r": residual})
     return made.with_body(tirx.AttrStmt(i32(0), "pragma_import_llvm", StringImm(_LLVM), made.body))
 
 

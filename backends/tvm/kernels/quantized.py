@@ -15,8 +15,9 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.dot import dot_of
-from llmc.backends.tvm.kernels.outputs import gated_result, linear_result, store_panel
+from llmc.backends.tvm.kernels.outputs import experts_gated_result, gated_result, linear_result, store_panel
 from llmc.backends.tvm.kernels.rows import ordered
+from llmc.backends.tvm.kernels.segments import each_segment
 from llmc.backends.tvm.kernels.tiles import GROUP, quantize_group
 from llmc.backends.tvm.kernels.vector import (
     PREFETCH,
@@ -60,8 +61,29 @@ def quantized_gated_linear(symbol, isa, *, rows_dim, n, k, bits, activation, til
     return _matmul(symbol, isa, rows_dim, n, k, bits, HALF, gated_result(activation), False, False, tiles, False)
 
 
-def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, quantized, best):
-    """`columns`: outputs of one panel; `result` as in `kernels.outputs`; `quantized`: whether y is."""
+def experts_quantized_linear(symbol, isa, *, rows_dim, per_token, experts, n, k, bits, bias=False):
+    """Operands as above but for `per_token` rows of each token, then starts i32 [experts + 1], weight codes and scales
+    [experts, ...], [bias f32 [experts, n]], y f32 [rows, n]: rows starts[e] to starts[e + 1] times matrix e. Other rows
+    of y are not written, matrices that have no rows are not read."""
+    result = linear_result(n, bias, "none", False)
+    segments = (experts, per_token)
+    return _matmul(symbol, isa, rows_dim, n, k, bits, PANEL, result, bias, False, False, False, segments)
+
+
+def experts_quantized_gated_linear(
+    symbol, isa, *, rows_dim, per_token, experts, n, k, bits, activation, gating="product", limit=0.0, bias=False
+):
+    """The same with gated panels, bias f32 [experts, ceil(n / 8), 16] packed alike, and the gatings of
+    `ir.ops.experts`; y is quantized."""
+    result = experts_gated_result(n, activation, gating, limit, bias)
+    segments = (experts, per_token)
+    return _matmul(symbol, isa, rows_dim, n, k, bits, HALF, result, bias, False, True, False, segments)
+
+
+def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, quantized, best, segments=(0, 1)):
+    """`columns`: outputs of one panel; `result` as in `kernels.outputs`; `quantized`: whether y is; `segments`: how many
+    matrices there are, each for a segment of rows, and how many rows a token has; 0 is one matrix for all."""
+    experts, per_token = segments
     L, V = isa.lanes, isa.vectors
     dot = dot_of(isa, bits)
     panels = -(-n // columns)
@@ -129,6 +151,64 @@ def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, 
                 with T.If(T.And(here == height, count == abreast)), T.Then():
                     sums(*where, height, abreast)
 
+    def abreast_of(rows):
+        """Panels of a unit of work."""
+        return GROUP // columns if quantized else T.Select(rows > row_tile, PANEL_CHUNK, 1)
+
+    def units(rows):
+        """Units of work of the product with one matrix."""
+        per_chunk = T.truncdiv(panels + abreast_of(rows) - 1, abreast_of(rows))
+        return per_chunk * T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
+
+    @T.inline
+    def work(X, XS, XO, W, WS, B, R, Y, YC, YS, YO, K, S, Z, stride, rows, base, which, begin, count):
+        """Units begin..begin + count of the product of rows base..base + rows, of `stride`, with matrix `which`."""
+        destination = T.meta_var(Z if quantized else Y)
+        # Many rows: two panels at once, so that a word of activations is fetched once for both.
+        many: T.let = T.And(rows > 2 * row_tile, pair_tile > 0)
+        abreast = T.meta_var(abreast_of(rows))
+        chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
+        for u in T.serial(count):
+            first: T.let = T.truncdiv(begin + u, chunks) * abreast
+            end: T.let = T.min(panels, first + abreast)
+            chunk: T.let = T.truncmod(begin + u, chunks)
+            top: T.let = share(chunk, chunks, rows)
+            height: T.let = share(chunk + 1, chunks, rows) - top
+            high: T.let = T.Select(many, pair_tile, row_tile)
+            tiles: T.let = T.truncdiv(height + high - 1, high)
+            for t in T.serial(tiles):
+                # Tiles of nearly equal height: 13 rows are 6 + 7, not 12 + 1.
+                row: T.let = base + top + share(t, tiles, height)
+                here: T.let = base + top + share(t + 1, tiles, height) - row
+                for p in T.serial(T.Select(many, T.truncdiv(end - first + 1, 2), end - first)):
+                    panel: T.let = first + p * T.Select(many, 2, 1)
+                    both: T.let = T.Select(T.And(many, panel + 1 < end), 2, 1)
+                    sums_of(here, both, X, XS, XO, W, WS, S, stride, row, which * panels + panel)
+                    for i in T.serial(here * both):
+                        r: T.let = T.truncdiv(i, both)
+                        one: T.let = panel + T.truncmod(i, both)
+                        column: T.let = one * columns
+                        place = T.meta_var(
+                            r * GROUP + column - first * columns if quantized else (row + r) * n + column
+                        )
+                        store_panel(result, S, i * PANEL, row + r, one, B, R, destination, place, n, columns, L, which)
+                        if best:
+                            # The sums' place takes the outputs; columns that are not there are NaN, which never wins.
+                            if column + PANEL <= n:
+                                for c in T.serial(V):
+                                    S[at(i * PANEL + c * L, L)] = load(Y, place + c * L, L)
+                            else:
+                                for c in T.serial(PANEL):
+                                    S[i * PANEL + c] = T.if_then_else(
+                                        column + c < n, Y[place + c], T.reinterpret("float32", T.int32(-1))
+                                    )
+                            K[(row + r) * panels + one] = best_key(S, i * PANEL, column, L)
+                if quantized:
+                    for i in T.serial(here):
+                        for c in T.serial(T.max(0, first * columns + GROUP - n)):
+                            Z[i * GROUP + GROUP - 1 - c] = f32(0.0)
+                        quantize_group(Z, i * GROUP, YC, YS, YO, T.truncdiv(first, abreast) * stride + row + i, L)
+
     @T.prim_func(s_tir=True)
     def kernel(
         task: T.int32,
@@ -137,6 +217,7 @@ def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, 
         x: T.handle("int32"),
         xs: T.handle("float32"),
         xo: T.handle("int32"),
+        starts: T.handle("int32"),
         w: T.handle("uint8"),
         ws: T.handle("float16"),
         b: T.handle("float32"),
@@ -151,9 +232,10 @@ def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, 
         X = T.decl_buffer((1,), "int32", data=x)
         XS = T.decl_buffer((1,), "float32", data=xs)
         XO = T.decl_buffer((1,), "int32", data=xo)
+        E = T.decl_buffer((1,), "int32", data=starts)
         W = T.decl_buffer((1,), "uint8", data=w)
         WS = T.decl_buffer((1,), "float16", data=ws)
-        B = T.decl_buffer((n,), "float32", data=b)
+        B = T.decl_buffer((1,), "float32", data=b)
         R = T.decl_buffer((1,), "float32", data=r)
         Y = T.decl_buffer((1,), "float32", data=y)
         YC = T.decl_buffer((1,), "int8", data=yc)
@@ -162,56 +244,16 @@ def _matmul(symbol, isa, rows_dim, n, k, bits, columns, result, bias, residual, 
         K = T.decl_buffer((1,), "int64", data=keys)
         S = T.alloc_buffer((max(row_tile, 2 * pair_tile) * PANEL,), "float32", scope="local")
         Z = T.alloc_buffer((row_tile * GROUP if quantized else 1,), "float32", scope="local")
-        destination = T.meta_var(Z if quantized else Y)
-        rows: T.let = D[rows_dim]
-        # Many rows: two panels at once, so that a word of activations is fetched once for both.
-        many: T.let = T.And(rows > 2 * row_tile, pair_tile > 0)
-        abreast = T.meta_var(GROUP // columns if quantized else T.Select(rows > row_tile, PANEL_CHUNK, 1))
-        chunks: T.let = T.truncdiv(rows + ROW_CHUNK - 1, ROW_CHUNK)
-        units: T.let = T.truncdiv(panels + abreast - 1, abreast) * chunks
-        begin: T.let = share(task, tasks, units)
-        for u in T.serial(share(task + 1, tasks, units) - begin):
-            first: T.let = T.truncdiv(begin + u, chunks) * abreast
-            end: T.let = T.min(panels, first + abreast)
-            chunk: T.let = T.truncmod(begin + u, chunks)
-            top: T.let = share(chunk, chunks, rows)
-            height: T.let = share(chunk + 1, chunks, rows) - top
-            high: T.let = T.Select(many, pair_tile, row_tile)
-            tiles: T.let = T.truncdiv(height + high - 1, high)
-            for t in T.serial(tiles):
-                # Tiles of nearly equal height: 13 rows are 6 + 7, not 12 + 1.
-                row: T.let = top + share(t, tiles, height)
-                here: T.let = top + share(t + 1, tiles, height) - row
-                for p in T.serial(T.Select(many, T.truncdiv(end - first + 1, 2), end - first)):
-                    panel: T.let = first + p * T.Select(many, 2, 1)
-                    count: T.let = T.Select(T.And(many, panel + 1 < end), 2, 1)
-                    sums_of(here, count, X, XS, XO, W, WS, S, rows, row, panel)
-                    for i in T.serial(here * count):
-                        r: T.let = T.truncdiv(i, count)
-                        column: T.let = (panel + T.truncmod(i, count)) * columns
-                        place = T.meta_var(
-                            r * GROUP + column - first * columns if quantized else (row + r) * n + column
-                        )
-                        which: T.let = panel + T.truncmod(i, count)
-                        store_panel(result, S, i * PANEL, row + r, which, B, R, destination, place, n, columns, L)
-                        if best:
-                            # The sums' place takes the outputs; columns that are not there are NaN, which never wins.
-                            if column + PANEL <= n:
-                                for c in T.serial(V):
-                                    S[at(i * PANEL + c * L, L)] = load(Y, place + c * L, L)
-                            else:
-                                for c in T.serial(PANEL):
-                                    S[i * PANEL + c] = T.if_then_else(
-                                        column + c < n, Y[place + c], T.reinterpret("float32", T.int32(-1))
-                                    )
-                            K[(row + r) * panels + which] = best_key(S, i * PANEL, column, L)
-                if quantized:
-                    for i in T.serial(here):
-                        for c in T.serial(T.max(0, first * columns + GROUP - n)):
-                            Z[i * GROUP + GROUP - 1 - c] = f32(0.0)
-                        quantize_group(Z, i * GROUP, YC, YS, YO, T.truncdiv(first, abreast) * rows + row + i, L)
+        stride: T.let = D[rows_dim] * per_token
+        where = T.meta_var((X, XS, XO, W, WS, B, R, Y, YC, YS, YO, K, S, Z, stride))
+        if experts > 0:
+            each_segment(E, experts, task, tasks, units, work, where)
+        else:
+            begin: T.let = share(task, tasks, units(stride))
+            work(*where, stride, 0, 0, begin, share(task + 1, tasks, units(stride)) - begin)
 
     present = {
+        "starts": experts > 0,
         "b": bias,
         "r": residual,
         "y": not quantized,
