@@ -116,7 +116,7 @@ class JoinRule(Rule):
         heads = {n: getattr(op, n) for n in ("num_heads", "num_kv_heads", "head_dim", "scaled", "value_dim")}
         attributes: dict[str, Any] = {"op": QkvAppend(**heads)}
         if isinstance(q.op, Rope) and isinstance(k.op, Rope) and _turned_alike(q, k):
-            rotation = {"rotary_dim": q.op.rotary_dim, "layout": q.op.layout}
+            rotation: dict[str, Any] = {"rotary_dim": q.op.rotary_dim, "layout": q.op.layout}
             attributes = {"op": RopeAppend(**heads, **rotation)}
             operands |= {"q": q.node.inputs[0], "k": k.node.inputs[0], "cos": q.node.inputs[1], "sin": q.node.inputs[2]}
         operands |= {f"state{i}": value for i, value in enumerate(before)}

@@ -14,6 +14,7 @@ from llmc.backends.tvm.isa import ISAS, Isa
 from llmc.backends.tvm.kernels import (
     attention,
     cache,
+    columns,
     decode,
     elementwise,
     embedding,
@@ -54,6 +55,10 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "multiply": elementwise.multiply,
     "scale": elementwise.scale,
     "unary": elementwise.unary,
+    "concat": columns.concat,
+    "columns": columns.columns,
+    "repeat": columns.repeat,
+    "rope": columns.rope,
 }
 
 

@@ -2,7 +2,7 @@
 
 They are computed in float64 and rounded once: their cost is nothing beside the matrix products between them, and what
 they lose is lost to every product that follows. With `tiles` the result y is quantized (`kernels.tiles`): instead of y
-the kernel gives codes, scales and offsets.
+the kernel gives codes, scales and offsets. A token has `heads` rows, each of `hidden` elements.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CHAINS = 2
 """Accumulators of a row's sum, each of two vector registers: they hide the latency of an addition."""
 
 
-def rms_norm(symbol, isa, *, rows_dim, hidden, eps, tiles=False):
+def rms_norm(symbol, isa, *, rows_dim, hidden, eps, tiles=False, heads=1):
     """x f32 [rows, hidden], w f32 [hidden], y f32 [rows, hidden] = x / sqrt(mean(x²) + eps) · w."""
-    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=False, bias=False, tiles=tiles)
+    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=False, bias=False, tiles=tiles, heads=heads)
 
 
 def add_rms_norm(symbol, isa, *, rows_dim, hidden, eps, tiles=False):
@@ -39,9 +39,9 @@ def add_rms_norm(symbol, isa, *, rows_dim, hidden, eps, tiles=False):
     return _norm(symbol, isa, rows_dim, hidden, eps, add=True, centred=False, bias=False, tiles=tiles)
 
 
-def layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True, tiles=False):
+def layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True, tiles=False, heads=1):
     """x f32 [rows, hidden], w f32 [hidden], [b f32 [hidden]], y = (x - mean) / sqrt(variance + eps) · w + b."""
-    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=True, bias=bias, tiles=tiles)
+    return _norm(symbol, isa, rows_dim, hidden, eps, add=False, centred=True, bias=bias, tiles=tiles, heads=heads)
 
 
 def add_layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True, tiles=False):
@@ -49,7 +49,7 @@ def add_layer_norm(symbol, isa, *, rows_dim, hidden, eps, bias=True, tiles=False
     return _norm(symbol, isa, rows_dim, hidden, eps, add=True, centred=True, bias=bias, tiles=tiles)
 
 
-def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias, tiles):
+def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias, tiles, heads=1):
     L = isa.lanes
     vectors, tail = hidden // L, hidden % L
     done = vectors * L
@@ -104,8 +104,8 @@ def _norm(symbol, isa, rows_dim, hidden, eps, add, centred, bias, tiles):
         YO = T.decl_buffer((1,), "int32", data=offsets)
         Z = T.alloc_buffer((hidden if tiles else 1,), "float32", scope="local")
         S = T.alloc_buffer((1,), "float64", scope="local")
-        first: T.let = share(task, tasks, D[rows_dim])
-        for i in T.serial(share(task + 1, tasks, D[rows_dim]) - first):
+        first: T.let = share(task, tasks, D[rows_dim] * heads)
+        for i in T.serial(share(task + 1, tasks, D[rows_dim] * heads) - first):
             row: T.let = (first + i) * hidden
             if add:
                 for c in T.serial(vectors):
