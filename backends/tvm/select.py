@@ -234,10 +234,10 @@ def _grouped_linear(op: PackedGroupedLinear, node: Node) -> Selected:
     x, panels = node.inputs
     spec = KernelSpec.of(
         "grouped_linear",
-        rows_dim=_rows(x.type),
+        rows_dim=rows_dim(x.type),
         groups=op.groups,
         n=op.rows,
-        k=_width(x.type) // op.groups,
+        k=width_of(x.type) // op.groups,
         weight_dtype=panels.type.dtype.value,
     )
     return Selected(spec, (*node.inputs, *node.results))
