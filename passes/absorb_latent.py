@@ -84,18 +84,19 @@ class Absorb(Rule):
                 pieces.append(piece)
                 keys.append(reshaped(b, match[f"shared{len(pieces)}"], (tokens, part.width)))
         rope = _common_rotation(pieces, keys, op.num_heads)
+        tables: tuple[Value, ...] = ()
         if rope is not None:
-            pieces = [reshaped(b, through_reshapes(pieces[0]).node.inputs[0], pieces[0].type.shape)]
-            keys = [reshaped(b, through_reshapes(keys[0]).node.inputs[0], keys[0].type.shape)]
+            turned = through_reshapes(pieces[0]), through_reshapes(keys[0])
+            tables = turned[0].node.inputs[1:]
+            pieces = [reshaped(b, turned[0].node.inputs[0], pieces[0].type.shape)]
+            keys = [reshaped(b, turned[1].node.inputs[0], keys[0].type.shape)]
+        width = rank + sum(part.width for part in parts if part.shared is not None)
         q = b.concat(*pieces, absorbed, axis=2) if pieces else absorbed
-        k = b.concat(*keys, latent, axis=1) if keys else latent
-        width = k.type.shape[1]
         q = b.reshape(q, shape=(tokens, op.num_heads * width))
+        k = b.concat(*keys, latent, axis=1) if keys else latent
         if rope is not None:
-            q, k = (
-                b(replace(rope.op, num_heads=heads, head_dim=width), x, *rope.node.inputs[1:])
-                for x, heads in ((q, op.num_heads), (k, 1))
-            )
+            joined = replace(rope, head_dim=width)
+            q, k = b(replace(joined, num_heads=op.num_heads), q, *tables), b(joined, k, *tables)
         narrow = replace(op, num_kv_heads=1, head_dim=width, value_dim=rank)
         rest = (match[f"rest{i}"] for i in range(match.attributes["rest"]))
         return b.grouped_linear(b(narrow, q, k, latent, *rest), value_weight, groups=op.num_heads)
@@ -114,7 +115,7 @@ def _piece(b: Emitter, queries: Value, part: _Part) -> Value:
     return result
 
 
-def _common_rotation(pieces: list[Value], keys: list[Value], heads: int) -> Value | None:
+def _common_rotation(pieces: list[Value], keys: list[Value], heads: int) -> Rope | None:
     """The rotation of the key that all heads share, where it is the queries' too; else None.
 
     Then it is one of the first elements of what is joined, and an append can rotate as it writes.
@@ -122,10 +123,10 @@ def _common_rotation(pieces: list[Value], keys: list[Value], heads: int) -> Valu
     if len(pieces) != 1:
         return None
     q, k = through_reshapes(pieces[0]), through_reshapes(keys[0])
-    whole = isinstance(k.op, Rope) and (k.op.num_heads, k.op.head_dim) == (1, keys[0].type.shape[1])
-    if not whole or q.op != replace(k.op, num_heads=heads) or q.node.inputs[1:] != k.node.inputs[1:]:
+    if not isinstance(k.op, Rope) or (k.op.num_heads, k.op.head_dim) != (1, keys[0].type.shape[1]):
         return None
-    return k
+    alike = q.op == replace(k.op, num_heads=heads) and q.node.inputs[1:] == k.node.inputs[1:]
+    return k.op if alike else None
 
 
 def _match(root: Node) -> Match:
