@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from llmc.backends.buffers import is_view
 from llmc.ir.errors import NoKernel
 from llmc.ir.op import Emitter, Hole, Node, Op, Value, as_tuple, topological
 from llmc.ir.printer import op_text
@@ -27,7 +28,7 @@ class Lowering(ABC):
     def kernel_or_parts(self, b: Emitter, node: Node) -> tuple[Value, ...]:
         """The node itself where it has a kernel, else its decomposition, lowered in turn. Raises `NoKernel` naming a
         node that has neither."""
-        if self.has_kernel(node):
+        if is_view(node) or self.has_kernel(node):
             return node.results
         if not node.op.decomposes:
             name, attributes = op_text(node.op)

@@ -9,11 +9,12 @@ from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.attention import Attention
 from llmc.ir.ops.linear import Linear
+from llmc.ir.ops.rope import Rope
 from llmc.ir.ops.shape import Concat, Expand, Reshape, Slice
 from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
 from llmc.passes.base import Pass, PassContext
-from llmc.passes.views import reshaped
+from llmc.passes.views import reshaped, through_reshapes
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class AbsorbLatent(Pass):
     """`attention` whose keys and values are products with one latent c [t, rank], which is narrower than they are,
     becomes attention of all heads over c itself, which is then what a cache keeps.
 
-    With the key of a head W c beside elements s that all heads share, q·k = (Wᵀ q₁)·c + q₂·s; with its value V c, the
+    With the key of a head W c beside elements s that all heads share, q·k = q₂·s + (Wᵀ q₁)·c; with its value V c, the
     mixed values are V times the mixed c. W and V are `grouped_linear`s of the queries and of the result.
     """
 
@@ -43,6 +44,11 @@ class _Part:
     start: int
     stop: int
     shared: Value | None
+
+    @property
+    def width(self) -> int:
+        """How many elements they are."""
+        return self.stop - self.start
 
 
 class Absorb(Rule):
@@ -66,26 +72,61 @@ class Absorb(Rule):
         tokens, rank = latent.type.shape
         assert isinstance(rank, int)
         queries = reshaped(b, match["q"], (tokens, op.num_heads, op.head_dim))
-        absorbed: list[Value] = []
-        own: list[Value] = []
-        keys = [latent]
+        pieces: list[Value] = []
+        keys: list[Value] = []
         for part in parts:
-            width = part.stop - part.start
-            piece = b.slice(queries, axis=2, start=part.start, stop=part.stop)
+            piece = _piece(b, queries, part)
             if part.shared is None:
-                flat = b.reshape(piece, shape=(tokens, op.num_heads * width))
+                flat = reshaped(b, piece, (tokens, op.num_heads * part.width))
                 product = b.grouped_linear(flat, b.transpose(key_weight, axes=(0, 2, 1)), groups=op.num_heads)
-                absorbed.append(b.reshape(product, shape=(tokens, op.num_heads, rank)))
+                absorbed = b.reshape(product, shape=(tokens, op.num_heads, rank))
             else:
-                own.append(piece)
-                keys.append(reshaped(b, match[f"shared{len(own)}"], (tokens, width)))
-        q = b.concat(*absorbed, *own, axis=2) if own else absorbed[0]
-        k = b.concat(*keys, axis=1) if own else latent
-        width = rank + sum(part.stop - part.start for part in parts if part.shared is not None)
+                pieces.append(piece)
+                keys.append(reshaped(b, match[f"shared{len(pieces)}"], (tokens, part.width)))
+        rope = _common_rotation(pieces, keys, op.num_heads)
+        tables: tuple[Value, ...] = ()
+        if rope is not None:
+            turned = through_reshapes(pieces[0]), through_reshapes(keys[0])
+            tables = turned[0].node.inputs[1:]
+            pieces = [reshaped(b, turned[0].node.inputs[0], pieces[0].type.shape)]
+            keys = [reshaped(b, turned[1].node.inputs[0], keys[0].type.shape)]
+        width = rank + sum(part.width for part in parts if part.shared is not None)
+        q = b.concat(*pieces, absorbed, axis=2) if pieces else absorbed
+        q = b.reshape(q, shape=(tokens, op.num_heads * width))
+        k = b.concat(*keys, latent, axis=1) if keys else latent
+        if rope is not None:
+            joined = replace(rope, head_dim=width)
+            q, k = b(replace(joined, num_heads=op.num_heads), q, *tables), b(joined, k, *tables)
         narrow = replace(op, num_kv_heads=1, head_dim=width, value_dim=rank)
         rest = (match[f"rest{i}"] for i in range(match.attributes["rest"]))
-        mixed = b(narrow, b.reshape(q, shape=(tokens, op.num_heads * width)), k, latent, *rest)
-        return b.grouped_linear(mixed, value_weight, groups=op.num_heads)
+        return b.grouped_linear(b(narrow, q, k, latent, *rest), value_weight, groups=op.num_heads)
+
+
+def _piece(b: Emitter, queries: Value, part: _Part) -> Value:
+    """The part of queries [t, heads, head_dim], which may be joined of just such parts."""
+    start = 0
+    for value in queries.node.inputs if queries.op == Concat(2) else ():
+        width = value.type.shape[2]
+        assert isinstance(width, int)
+        if (start, start + width) == (part.start, part.stop):
+            return value
+        start += width
+    result: Value = b.slice(queries, axis=2, start=part.start, stop=part.stop)
+    return result
+
+
+def _common_rotation(pieces: list[Value], keys: list[Value], heads: int) -> Rope | None:
+    """The rotation of the key that all heads share, where it is the queries' too; else None.
+
+    Then it is one of the first elements of what is joined, and an append can rotate as it writes.
+    """
+    if len(pieces) != 1:
+        return None
+    q, k = through_reshapes(pieces[0]), through_reshapes(keys[0])
+    if not isinstance(k.op, Rope) or (k.op.num_heads, k.op.head_dim) != (1, keys[0].type.shape[1]):
+        return None
+    alike = q.op == replace(k.op, num_heads=heads) and q.node.inputs[1:] == k.node.inputs[1:]
+    return k.op if alike else None
 
 
 def _match(root: Node) -> Match:
@@ -116,7 +157,7 @@ def _match(root: Node) -> Match:
     rank = latent.type.shape[1]
     assert isinstance(rank, int)
     before = op.num_kv_heads * (op.head_dim + op.value_width)
-    after = 2 * rank + sum(part.stop - part.start for part in parts if part.shared is not None)
+    after = 2 * rank + sum(part.width for part in parts if part.shared is not None)
     if after >= before:
         reason = f"a token's state would take {after} elements, no less than the {before} that it takes now"
         raise _Refused(NoMatch(reason, root, 4))

@@ -25,7 +25,7 @@ def greedy(judge: Any, prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["two latents", "one latent, yarn", "complex rotation", "values wider than keys"])
 def test_logits_and_tokens(case: str, tmp_path: Path, load: Callable[..., Any]) -> None:
     kind, changes = CASES[case]
     judge = make_model(kind, seed=1, **{**SIZES, **changes})
@@ -46,3 +46,16 @@ def test_logits_and_tokens(case: str, tmp_path: Path, load: Callable[..., Any]) 
             tokens.append(int(step.greedy[-1]))
             step = sequence.step(tokens[-1])
     assert tokens == greedy(judge, prompts[2], 20)
+
+
+@pytest.mark.parametrize("kv_quant", ["f32", "int8"])
+def test_a_token_takes_what_its_latent_does(kv_quant: str, tmp_path: Path, load: Callable[..., Any]) -> None:
+    """In each of two layers a key of 19 + 6 elements and a value of 19, once for five heads."""
+    judge = make_model("deepseek_v3", seed=1, **SIZES)
+    model = load(save(judge, tmp_path / "model"), architecture=write_description(tmp_path), kv_quant=kv_quant)
+    elements = 2 * (2 * 19 + 6)
+    expected = {"f32": 4 * elements, "int8": elements + 2 * 2 * 4}[kv_quant]
+    assert model.info["sizes"]["kv_bytes_per_token"] == expected
+    prompt = np.random.default_rng(0).integers(0, 1021, 40).tolist()
+    tolerance = {"f32": TOLERANCE, "int8": 4e-2}[kv_quant]
+    assert difference(model.logits(prompt), logits(judge, prompt)) < tolerance

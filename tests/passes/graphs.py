@@ -152,13 +152,22 @@ def latent_attention(
     rope: int = 2,
     width: int = 3,
     weights: DType = F32,
+    rotated: bool = False,
     **scores: Any,
 ) -> Value:
     """Fused ops: attention [t, heads · width] whose keys and values are products with a latent [t, rank]; the last
-    `rope` elements of a key are those of all heads. Operands that `scores` ask for are inputs."""
+    `rope` elements of a key are those of all heads, perhaps rotated as the queries' last elements are. Operands that
+    `scores` ask for are inputs."""
     t = b.tokens
     q = b.input("q", F32, (t, heads * (nope + rope)))
     c, shared = b.input("c", F32, (t, rank)), b.input("shared", F32, (t, rope))
+    if rotated:
+        tables = [b.input(name, F32, (t, rope // 2)) for name in ("cos", "sin")]
+        split = b.reshape(q, shape=(t, heads, nope + rope))
+        last = b.reshape(b.slice(split, axis=2, start=nope, stop=nope + rope), shape=(t, heads * rope))
+        turned = b.reshape(b(Rope(heads, rope, rope), last, *tables), shape=(t, heads, rope))
+        q = b.concat(b.slice(split, axis=2, start=0, stop=nope), turned, axis=2)
+        q, shared = b.reshape(q, shape=(t, heads * (nope + rope))), b(Rope(1, rope, rope), shared, *tables)
     with b.at("attention"):
         y = b.linear(c, b.param("up.weight", weights, (heads * (nope + width), rank)))
         parts = b.reshape(y, shape=(t, heads, nope + width))

@@ -12,8 +12,9 @@ import pytest
 from llmc.importers.hf import import_model
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import interpret
-from llmc.ir.op import Value
+from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.attention import Attention
+from llmc.ir.ops.rope import Rope
 from llmc.ir.types import DType
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck, Verifier, together
@@ -31,18 +32,39 @@ def absorbed(graph: Graph) -> tuple[Graph, PassContext]:
 
 @pytest.mark.parametrize(
     "scores",
-    [{}, {"window": 3, "soft_cap": 0.75}, {"alibi": True, "sinks": True}],
-    ids=["plain", "window and cap", "slopes and sinks"],
+    [{}, {"window": 3, "soft_cap": 0.75}, {"alibi": True, "sinks": True}, {"rotated": True}],
+    ids=["plain", "window and cap", "slopes and sinks", "rotated"],
 )
 @pytest.mark.parametrize("weights", [F32, DType.BF16])
 def test_numbers_stay(scores: dict[str, Any], weights: DType) -> None:
-    b = Model()
+    b, scores = Model(), dict(scores)
     out = latent_attention(b, weights=weights, **scores)
     graph, context = absorbed(b.graph({"out": out}))
     assert context.counts["absorb-latent"] == 1
     assert counts(graph)["grouped_linear"] == 2 and not counts(graph)["linear"] and not counts(graph)["expand"]
     (node,) = (n for n in graph.nodes if isinstance(n.op, Attention))
+    rotated = scores.pop("rotated", False)
     assert node.op == Attention(4, 1, 7, 0.5, value_dim=5, **scores)
+    assert [v.op.name for v in node.inputs[:2]] == (["rope", "rope"] if rotated else ["reshape", "concat"])
+
+
+def test_rotations_that_differ_stay_where_they_are() -> None:
+    """Queries by other tables than keys: what is rotated is joined as it is."""
+    b = Model()
+    out = latent_attention(b, rotated=True)
+    graph = b.graph({"out": out})
+    sines = b.input("other", F32, (b.tokens, 1))
+    turned = next(n for n in graph.nodes if n.op == Rope(4, 2, 2))
+
+    def emit(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
+        given = (*inputs[:2], sines) if node is turned else inputs
+        return Emitter().make(node.op, given).results
+
+    graph = graph.map(emit, inputs=(*graph.inputs, sines))
+    after, context = absorbed(graph)
+    assert context.counts["absorb-latent"] == 1
+    (node,) = (n for n in after.nodes if isinstance(n.op, Attention))
+    assert [v.op.name for v in node.inputs[:2]] == ["reshape", "concat"]
 
 
 def test_several_products_and_no_shared_elements() -> None:
@@ -187,6 +209,7 @@ def test_whole_models(case: str, tmp_path: Path) -> None:
     assert fired == {"attention": 2, "absorb-latent": 2}
     assert sum(n for name, n in context.counts.items() if name.startswith("rope")) == 4
     assert counts(step)["grouped_linear"] == 4 and counts(step)["paged_attention"] == 2
+    assert counts(step)["rope_append"] == 2 and not counts(step)["rope"]
     rank = theirs.config.kv_lora_rank
     shapes = [v.type.shape[1:] for v in step.states[:2]]
     assert shapes == [(1, rank + 6, 16), (1, 16, rank)]

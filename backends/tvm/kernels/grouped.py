@@ -10,7 +10,6 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.linear import CHAINS, ROW_CHUNK, STREAMS
-from llmc.backends.tvm.kernels.outputs import linear_result, store_panel
 from llmc.backends.tvm.kernels.vector import (
     PREFETCH,
     STORAGE,
@@ -38,7 +37,6 @@ def grouped_linear(symbol, isa, *, rows_dim, groups, n, k, weight_dtype):
     several = {r: min(STREAMS, CHAINS // (r * V)) for r in range(1, row_tile + 1) if CHAINS // (r * V) > 1}
     few = max(several, default=0)
     storage = STORAGE[weight_dtype]
-    result = linear_result(n, False, "none", False)
 
     @T.inline
     def sums(X, W, S, row, panel, R, P):
@@ -76,7 +74,12 @@ def grouped_linear(symbol, isa, *, rows_dim, groups, n, k, weight_dtype):
     def store(S, base, row, panel, Y):
         inner: T.let = T.truncmod(panel, of_group)
         place: T.let = (row * groups + T.truncdiv(panel, of_group)) * n + inner * PANEL
-        store_panel(result, S, base, row, inner, Y, Y, Y, place, n, PANEL, L)
+        if inner * PANEL + PANEL <= n:
+            for i in T.serial(V):
+                Y[at(place + i * L, L)] = load(S, base + i * L, L)
+        else:
+            for i in T.serial(n - inner * PANEL):
+                Y[place + i] = S[base + i]
 
     @T.prim_func(s_tir=True)
     def kernel(
