@@ -31,7 +31,8 @@ def test_a_package(family: str, tmp_path: Path, load: Callable[..., Any]) -> Non
     with model.sequence() as sequence:
         rows = np.stack([sequence.step(token).logits[0] for token in prompts[0]])
     assert difference(rows, expected[0]) < TOLERANCE
-    for given, want in zip(ragged_logits(model, prompts[:3]), expected, strict=False):
+    short = [p for p in prompts if len(p) < 30]  # a step gives so many rows at most
+    for given, want in zip(ragged_logits(model, short), expected, strict=False):
         assert difference(given, want) < TOLERANCE
     completions = model.generate(prompts[:2], max_new_tokens=12, ignore_eos=True)
     for completion in completions:
