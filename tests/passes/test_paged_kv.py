@@ -14,6 +14,8 @@ from llmc.ir.graph import Graph, Leaf, State, StateInput
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Value
 from llmc.ir.ops.attention import Attention, PagedAttention
+from llmc.ir.ops.attention import Attention
+from llmc.ir.ops.quantized_experts import QuantizedExperts
 from llmc.ir.types import DType, TensorType, symbol
 from llmc.ir.verify import verify
 from llmc.passes.base import PassContext
@@ -206,6 +208,14 @@ def paired(b: Model) -> Value:
     return b.add(embedded(b), b.mean(b.sub(column, row)))  # type: ignore[no-any-return]
 
 
+def experts_of_a_parameter(b: Model) -> Value:
+    weights = b.slice(embedded(b), axis=1, start=0, stop=3)
+    shapes = ((DType.U8, (24, 32)), (DType.F16, (24, 1)), (DType.U8, (96, 32)), (DType.F16, (96, 1)))
+    codes = [b.param(f"codes.{i}", dtype, shape) for i, (dtype, shape) in enumerate(shapes)]
+    x = b.param("x", F32, (b.tokens, 32))
+    return b(QuantizedExperts("q4", "silu"), x, weights, *codes)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -213,8 +223,9 @@ def paired(b: Model) -> Value:
         (unmasked, r"matmul\(.*mixes tokens: it pairs each token with every other\. Only attention .*explain fuse-att"),
         (merged, r"reshape\(.*it hides the tokens of f32\[tokens, 8\] in f32\[2\*tokens, 4\]"),
         (paired, r"sub\(.*mixes tokens: its operands .* pair each token with every other"),
+        (experts_of_a_parameter, r"quantized_experts\(.*mixes tokens: its activations and weights are not rows of tok"),
     ],
-    ids=["average", "unmasked", "merged", "paired"],
+    ids=["average", "unmasked", "merged", "paired", "experts"],
 )
 def test_what_mixes_tokens_is_an_error(make: Callable[[Model], Value], message: str) -> None:
     b = Model()
