@@ -9,7 +9,7 @@ from llmc.ir.op import Emitter, Node, Op, Value
 from llmc.ir.ops.linear import Matmul
 from llmc.ir.ops.reduce import Reduction, Softmax
 from llmc.ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
-from llmc.ir.types import Linear
+from llmc.ir.types import Linear, Shape
 from llmc.passes.base import Pass, PassContext
 from llmc.passes.views import reshaped
 
@@ -18,8 +18,8 @@ from llmc.passes.views import reshaped
 class DropUnitAxes(Pass):
     """An axis of size 1 that is put before the tokens is left out of every op that only carries it along.
 
-    It begins where a value [tokens, ...] is read as [1, ...] of rank 3 or more, and ends where it is reshaped away or at
-    an op that does more with it.
+    It begins where a value [tokens, ...] is read as [1, ...] of rank 3 or more, or one [heads, tokens, ...] as
+    [1, heads, tokens, ...], and ends where it is reshaped away or at an op that does more with it.
     """
 
     name = "drop-unit-axes"
@@ -49,9 +49,7 @@ def _narrowed(b: Emitter, node: Node, inputs: tuple[Value, ...], narrow: dict[Va
     if isinstance(op, Reshape):
         if carried:
             return reshaped(b, narrow[inputs[0]], shape[1:] if _leads_with_unit(node) else shape)
-        first = inputs[0].type.shape[:1]
-        begins = bool(first) and isinstance(first[0], Linear) and _leads_with_unit(node)
-        return reshaped(b, inputs[0], shape[1:]) if begins else None
+        return reshaped(b, inputs[0], shape[1:]) if _leads_with_unit(node) and _begins(inputs[0], shape) else None
     without = _without_axis(op, node) if carried and _leads_with_unit(node) else None
     if without is None:
         return None
@@ -61,6 +59,14 @@ def _narrowed(b: Emitter, node: Node, inputs: tuple[Value, ...], narrow: dict[Va
             value = narrow.get(value) or reshaped(b, value, value.type.shape[1:])
         operands.append(value)
     return b.one(without, *operands)
+
+
+def _begins(value: Value, shape: Shape) -> bool:
+    """Whether a reshape puts the axis before the tokens, or before an axis of several heads of all tokens."""
+    given = value.type.shape
+    if given and isinstance(given[0], Linear):
+        return True
+    return shape[1:] == given and given[0] != 1 and any(isinstance(d, Linear) for d in given)
 
 
 def _leads_with_unit(node: Node) -> bool:
