@@ -47,7 +47,9 @@ class Table(Rule):
             cos, sin, scaling = _scaled(graph, cosines[0], root)
             nodes = frozenset({cosines[0], root, cos.node, sin.node, angles.node})
             return Match(root, {"positions": positions, "row": row}, {"scaling": scaling}, nodes, (cos, sin))
-        return NoMatch("the angles are no product of positions i32[t] and frequencies [d], [1, d] or [t, d]", angles.node, 1)
+        return NoMatch(
+            "the angles are no product of positions i32[t] and frequencies [d], [1, d] or [t, d]", angles.node, 1
+        )
 
     def rewrite(self, b: Emitter, match: Match) -> Any:
         row = match["row"]

@@ -8,7 +8,7 @@ from typing import Any
 from llmc.ir.graph import Graph
 from llmc.ir.op import Emitter, Node, Value
 from llmc.ir.ops.elementwise import Add, Cast, Cos, Mul, MulScalar, Neg, Sin
-from llmc.ir.ops.shape import Concat, Reshape, Slice, Transpose
+from llmc.ir.ops.shape import Concat, Reshape, Slice
 from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
 from llmc.ir.types import Shape
@@ -18,7 +18,8 @@ from llmc.passes.views import reshaped, through_transposes
 
 @dataclass(frozen=True)
 class NormalizeRotations(Pass):
-    """x · [c, c] + [-x₂, x₁] · [s, s] becomes [x₁ · c - x₂ · s, x₂ · c + x₁ · s], of x before its heads were put first."""
+    """x · [c, c] + [-x₂, x₁] · [s, s] becomes [x₁ · c - x₂ · s, x₂ · c + x₁ · s], where x₁ and x₂ are x's halves; of x
+    before its heads were put first."""
 
     name = "normalize-rotations"
 

@@ -33,5 +33,7 @@ def import_model(
         )
     for option, given in (("--architecture", architecture is not None), ("--random-weights", random_weights)):
         if given:
-            raise ImportFailure(f"{path}: {option} is for folders and configurations; a .pt2 holds its graph and weights")
+            raise ImportFailure(
+                f"{path}: {option} is for folders and configurations; a .pt2 holds its graph and weights"
+            )
     return import_export(Path(path), max_sequence_length, activation)

@@ -1,8 +1,8 @@
 """Causal language models from torch.export: `torch.export.save`'s `.pt2` -> graph, weights, facts. torch is not needed.
 
 The program must be f(input_ids [1, tokens]) -> logits [1, tokens, vocab_size], or the same without the unit axis, with
-the number of tokens dynamic; a dynamic batch is taken at 1. It may take `position_ids` or `cache_position`, which become
-the graph's positions, and `attention_mask`, which is taken as all ones. The first output is the logits; others (a
+the number of tokens dynamic. A dynamic batch is taken at 1. It may take `position_ids` or `cache_position`, which
+become the graph's positions, and `attention_mask`, which is taken as all ones. The first output is the logits; others (a
 cache, hidden states) are left out. An `arange` over the tokens is the tokens' positions (see export/known.py).
 
 16-bit floats of the export are computed in `activation`, as they are for models with a description.
@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -68,8 +67,12 @@ def import_export(path: Path, max_sequence_length: int | None = None, activation
         )
     if reached != longest:
         graph = graph.substitute({"tokens": symbol("tokens", 1, reached)})
-    weights = WeightMap({v.op.label: _source(stored[v.op.label], str(path)) for v in graph.params if isinstance(v.op, Param)})
-    return ImportedModel(graph, weights, _info(graph, program, weights, reached), None, {}, _unused(stored, program, weights))
+    weights = WeightMap(
+        {v.op.label: _source(stored[v.op.label], str(path)) for v in graph.params if isinstance(v.op, Param)}
+    )
+    return ImportedModel(
+        graph, weights, _info(graph, program, weights, reached), None, {}, _unused(stored, program, weights)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,9 @@ def _bound(program: Program, sizes: _Sizes, wanted: int | None, source: str) -> 
     largest = program.ranges.get(sizes.tokens)
     limit = MAX_TOKENS if largest is None else min(largest, MAX_TOKENS)
     if wanted is not None and not 1 <= wanted <= limit:
-        raise ExportFailure(f"{source}: the maximum sequence length must be 1 to {limit} (the export's), given {wanted}")
+        raise ExportFailure(
+            f"{source}: the maximum sequence length must be 1 to {limit} (the export's), given {wanted}"
+        )
     return wanted if wanted is not None else largest
 
 
@@ -152,7 +157,9 @@ def _stored(lowering: Lowering, given: Given, stored: Mapping[str, ArchivedTenso
         shapes = f"{list(tensor.shape)}, the program wants {list(given.sizes)}"
         raise ExportFailure(f"{lowering.source}: the tensor {given.label!r} is stored as {shapes}")
     if given.kind == "parameter" and tensor.dtype not in FLOATS:
-        raise ExportFailure(f"{lowering.source}: the parameter {given.label!r} is {tensor.dtype}; expected f32, f16 or bf16")
+        raise ExportFailure(
+            f"{lowering.source}: the parameter {given.label!r} is {tensor.dtype}; expected f32, f16 or bf16"
+        )
     if given.kind != "parameter" and (not tensor.dtype.is_float or math.prod(tensor.shape) <= MAX_CONSTANT):
         return _buffer(lowering, tensor)
     return lowering.b.param(given.label, tensor.dtype, tensor.shape)
@@ -236,7 +243,8 @@ def _info(graph: Graph, program: Program, weights: WeightMap, longest: int) -> M
     )
 
 
-def _unused(stored: Mapping[str, Any], program: Program, weights: WeightMap) -> tuple[str, ...]:
-    """Stored tensors that the logits do not depend on (buffers that became constants count as used)."""
+def _unused(stored: Mapping[str, ArchivedTensor], program: Program, weights: WeightMap) -> tuple[str, ...]:
+    """Parameters that the logits do not depend on, under no name (buffers may have become constants)."""
     buffers = {g.label for g in program.inputs if g.kind in ("buffer", "tensor_constant")}
-    return tuple(sorted(set(stored) - set(weights) - buffers))
+    used = {stored[label].content for label in weights}
+    return tuple(sorted(n for n, t in stored.items() if n not in buffers and t.content not in used))

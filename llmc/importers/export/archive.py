@@ -57,6 +57,12 @@ class ArchivedTensor:
     strides: tuple[int, ...]
     offset: int
     data: memoryview
+    member: str
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What tensors share that are one (tied weights): the same elements of the same member."""
+        return self.member, self.dtype, self.shape, self.strides, self.offset
 
     def load(self) -> Array:
         """The tensor in row-major order, read-only over the mapped file where it lies there so."""
@@ -115,7 +121,7 @@ class Archive:
             raise ExportFailure(f"{where}: it has {info.file_size} bytes, at most {limit} are read")
         start = info.header_offset
         header = self._bytes[start : start + _LOCAL_HEADER.size]
-        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+        if len(header) < _LOCAL_HEADER.size or bytes(header[:4]) != b"PK\x03\x04":
             raise ExportFailure(f"{where}: no member begins at {start}: the archive is damaged")
         *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start += _LOCAL_HEADER.size + name_length + extra_length
@@ -180,4 +186,4 @@ class Archive:
             raise ExportFailure(f"{where}: {dtype}{list(shape)} takes {needed} bytes, its member has {len(data)}")
         if 0 in strides and math.prod(shape) * dtype.itemsize > len(data):
             raise ExportFailure(f"{where}: {dtype}{list(shape)} repeats its elements by strides {list(strides)}")
-        return ArchivedTensor(name, dtype, shape, strides, offset, data)
+        return ArchivedTensor(name, dtype, shape, strides, offset, data, f"{folder}/{member}")

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.importers.export.archive import ExportFailure
-from llmc.importers.export.aten_shape import cast, torch_dtype, viewed
+from llmc.importers.export.aten_shape import torch_dtype, viewed
 from llmc.importers.export.known import (
     Affine,
-    Choice,
     Condition,
     Number,
     Unknown,
@@ -19,6 +18,7 @@ from llmc.importers.export.known import (
     choice,
     compared,
     computed,
+    constant,
     either,
     inverted,
     multiplied,
@@ -62,7 +62,7 @@ def _keeps(x: Any, number: Any) -> bool:
 def _known_binary(o: Operands, name: str, x: Any, y: Any) -> Tensor:
     left, right = as_known(x), as_known(y)
     assert left is not None and right is not None
-    dtype = promoted([_type(x), _type(y)]) if not isinstance(x, int | float) and not isinstance(y, int | float) else _type_with_number(x, y)
+    dtype = _result_type(x, y)
     if name == "add":
         return summed(left, right, 1, dtype)
     if name == "sub":
@@ -77,18 +77,11 @@ def _known_binary(o: Operands, name: str, x: Any, y: Any) -> Tensor:
     return computed(lambda a, b: a / b, left, right.number, dtype=dtype if dtype.is_float else DType.F32)
 
 
-def _type(x: Any) -> DType:
-    return dtype_of(x)
-
-
-def _type_with_number(x: Any, y: Any) -> DType:
-    """A number takes the tensor's type, unless it is of a higher kind."""
-    tensor, number = (y, x) if isinstance(x, int | float) else (x, y)
-    if isinstance(tensor, int | float):
-        return DType.F32 if isinstance(x, float) or isinstance(y, float) else DType.I64
-    if isinstance(number, float) and not dtype_of(tensor).is_float:
-        return DType.F32
-    return DType.I64 if dtype_of(tensor) is DType.BOOL and not isinstance(number, bool) else dtype_of(tensor)
+def _result_type(x: Any, y: Any) -> DType:
+    """The type of arithmetic: tensors' types promoted; a float number makes integers floats, flags are counted."""
+    types = [dtype_of(v) for v in (x, y) if not isinstance(v, int | float)]
+    dtype = promoted([DType.I64 if t is DType.BOOL else t for t in types] or [DType.I64])
+    return DType.F32 if not dtype.is_float and any(isinstance(v, float) for v in (x, y)) else dtype
 
 
 def _with_number(o: Operands, name: str, x: Value, number: Number) -> Value:
@@ -238,13 +231,7 @@ def _condition(o: Operands, name: str) -> Condition:
         raise Unknown("flags that the model computes")
     if isinstance(x, Condition):
         return x
-    return compared("ne", x, Affine((), x.dtype, _zero()))
-
-
-def _zero() -> Any:
-    from_number = as_known(0)
-    assert isinstance(from_number, Affine)
-    return from_number.line
+    return compared("ne", x, constant(0, (), DType.I64))
 
 
 @aten("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
@@ -261,7 +248,7 @@ def chosen(o: Operands) -> Tensor:
     if holds is None:
         raise Unknown("a choice by flags that the model computes")
     if not isinstance(holds, Condition):
-        holds = compared("ne", holds, Affine((), holds.dtype, _zero()))
+        holds = compared("ne", holds, constant(0, (), DType.I64))
     left, right = as_known(x), as_known(y)
     shape = broadcast(broadcast(holds.shape, _shape(x)) or (), _shape(y))
     assert shape is not None
@@ -299,6 +286,3 @@ def _safe(rows: HiddenScores, x: Any, y: Any) -> Tensor:
         raise Unknown("a choice by flags that the model computes")
     assert isinstance(y, Value)
     return y
-
-
-__all__ = ["Choice", "binary", "cast"]

@@ -10,6 +10,7 @@ from llmc.importers.export.known import (
     Affine,
     Known,
     Line,
+    Number,
     Unknown,
     computed,
     constant,
@@ -382,12 +383,20 @@ def filled(o: Operands) -> Known:
     """A tensor of one number."""
     like = o.tensor("self") if o.has("self") else None
     kind = o.name.partition(".")[0].removeprefix("new_").removesuffix("_like")
-    value = {"zeros": 0, "ones": 1}.get(kind)
-    value = o.number("s" if kind == "scalar_tensor" else "fill_value") if value is None else value
-    shape: Shape = () if kind == "scalar_tensor" else shape_of(like) if like is not None and not o.has("size") else o.shape("size")
-    number = o.get("dtype")
-    natural = DType.BOOL if isinstance(value, bool) else DType.I64 if isinstance(value, int) and kind == "full" else DType.F32
-    dtype = torch_dtype(number) if number is not None else dtype_of(like) if like is not None else natural
+    shape: Shape = shape_of(like) if like is not None and not o.has("size") else ()
+    if kind in ("zeros", "ones"):
+        value: Number = int(kind == "ones")
+        dtype = DType.F32
+    else:
+        value = o.number("s" if kind == "scalar_tensor" else "fill_value")
+        whole = DType.BOOL if isinstance(value, bool) else DType.I64
+        dtype = whole if isinstance(value, int) and kind == "full" else DType.F32
+    if o.has("size"):
+        shape = o.shape("size")
+    if like is not None:
+        dtype = dtype_of(like)
+    if o.has("dtype"):
+        dtype = torch_dtype(o.get("dtype"))
     return constant(value, shape, o.lower.dtype(dtype) if dtype.is_float else dtype)
 
 
@@ -432,7 +441,9 @@ def looked_up(o: Operands) -> Tensor:
     if math.prod(d for d in shape if isinstance(d, int)) != 1:
         raise ExportFailure(f"it looks up {list(map(str, shape))} rows; expected one for each token")
     if isinstance(index, Affine):
-        line = Line(tuple(c for c, d in zip(index.line.coefficients, shape, strict=True) if d != 1), index.line.constant)
+        line = Line(
+            tuple(c for c, d in zip(index.line.coefficients, shape, strict=True) if d != 1), index.line.constant
+        )
         if line.coefficients != (1,) or not isinstance(rows, int):
             raise Unknown("a look-up by what are no positions")
         o.lower.tables.append(rows - int(line.constant))

@@ -1,8 +1,8 @@
-"""What an export computes of indices, known while it is read: positions, conditions on them, and choices between numbers.
+"""What an export computes of indices, known while it is read: positions, conditions on them, choices of numbers.
 
 Exporters build positions and masks from `arange` by integer arithmetic, gathers and comparisons. All of it is linear in
-the indices of the axes, so it is evaluated here and written into the graph in one form: an index along the tokens is the
-token's position, a condition is comparisons of positions.
+the indices of the axes, so it is evaluated here and written into the graph in one form: an index along the tokens is
+the token's position, a condition is comparisons of positions.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def sliced(x: Known, axis: int, start: int, step: int, size: Dim) -> Known:
 
     def cut(line: Line) -> Line:
         factor = line.coefficients[axis]
-        kept = tuple(c * step if i == axis and size != 1 else 0 if i == axis else c for i, c in enumerate(line.coefficients))
+        kept = tuple(
+            c * step if i == axis and size != 1 else 0 if i == axis else c for i, c in enumerate(line.coefficients)
+        )
         return Line(kept, line.constant + factor * start)
 
     if isinstance(x, Affine):

@@ -139,7 +139,9 @@ class Lowering:
         size = shape[axis]
         column: Shape = tuple(d if i == axis else 1 for i, d in enumerate(shape))
         if isinstance(size, int):
-            made: Value = self.b.constant(np.arange(size).reshape([int(i == axis) * (size - 1) + 1 for i in range(len(shape))]), DType.I32)
+            made: Value = self.b.constant(
+                np.arange(size).reshape([int(i == axis) * (size - 1) + 1 for i in range(len(shape))]), DType.I32
+            )
             return made
         if size != self.tokens:
             raise Unknown(f"an index along {size} elements")
@@ -153,7 +155,6 @@ class Lowering:
     def _condition(self, x: Condition) -> Value:
         """Comparisons of positions; the later position, or the one that is moved, stands left."""
         result: Value | None = None
-        zero = (0,) * len(x.shape)
         for line in x.lines:
             left = Line(tuple(max(c, 0) for c in line.coefficients), line.constant)
             right = Line(tuple(max(-c, 0) for c in line.coefficients), 0)
@@ -164,7 +165,6 @@ class Lowering:
         if result is None:
             made: Value = self.b.constant(np.asarray(not x.never), DType.BOOL)
             return made
-        assert len(zero) == len(x.shape)
         return result
 
 

@@ -55,7 +55,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Program:
-    """What is exported: `inputs` to `outputs` by `calls`; `ranges` gives each symbol's largest value, None if endless."""
+    """What is exported: `inputs` to `outputs` by `calls`. `ranges` gives each symbol's largest value, None if it has
+    none; `root` is the class of the module."""
 
     inputs: tuple[Given, ...]
     calls: tuple[Call, ...]
@@ -73,7 +74,9 @@ def read_program(data: Mapping[str, Any], source: str) -> Program:
     try:
         return _program(data, source)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ExportFailure(f"{source}: the program does not fit its schema ({type(error).__name__}: {error})") from None
+        raise ExportFailure(
+            f"{source}: the program does not fit its schema ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _program(data: Mapping[str, Any], source: str) -> Program:
@@ -86,7 +89,9 @@ def _program(data: Mapping[str, Any], source: str) -> Program:
     for spec in signature["output_specs"]:
         ((kind, value),) = spec.items()
         if kind != "user_output":
-            raise ExportFailure(f"{source}: the program has an output of kind {kind!r:.40}; a model must change no state")
+            raise ExportFailure(
+                f"{source}: the program has an output of kind {kind!r:.40}; a model must change no state"
+            )
         argument = _argument(value["arg"])
         if isinstance(argument, Reference):
             outputs.append(argument.name)
@@ -165,9 +170,9 @@ def _place(metadata: Mapping[str, str]) -> str:
 
 
 def _root(nodes: list[Mapping[str, Any]]) -> str:
-    """The class of the exported module, as the first node that has a stack says."""
+    """The class of the exported module, as the first node says whose stack begins there, at no path."""
     for node in nodes:
         parts = node["metadata"].get("nn_module_stack", "").split(";")[0].split(",")
-        if len(parts) == 3 and parts[2].rpartition(".")[2].isidentifier():
+        if len(parts) == 3 and not parts[1] and parts[2].rpartition(".")[2].isidentifier():
             return str(parts[2].rpartition(".")[2])
     return "exported"
