@@ -71,7 +71,7 @@ class ImportReport:
     def __str__(self) -> str:
         lines = [
             f"{self.source}: {self.architecture}",
-            f"vocabulary: {self.vocab_size} tokens; longest sequence: {self.max_sequence_length}; layers: {self.num_layers}",
+            f"layers: {self.num_layers}; vocabulary: {self.vocab_size}; longest sequence: {self.max_sequence_length}",
             f"parameters: {self.num_parameters:,} in {self.tensors} tensors, {self.bytes / 1e6:.1f} MB",
             f"unused tensors: {', '.join(self.unused_tensors) or 'none'}",
             "",

@@ -23,7 +23,8 @@ _HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class NormalizeMasks(Pass):
-    """softmax(scores + mask(0, visible, -large)) becomes softmax(mask(scores, visible, -inf)).
+    """softmax(scores + mask(0, visible, -large)) becomes softmax(mask(scores, visible, -inf)); a condition that a mask
+    repeats anyway is not repeated before.
 
     The large number is any that hides (float types' least, as exporters write); every token must see itself, so that no
     row is hidden whole: such a row would weigh its scores alike in the one form and not at all in the other.
@@ -32,7 +33,27 @@ class NormalizeMasks(Pass):
     name = "normalize-masks"
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
-        return context.rewrite(graph, AddedMask())
+        return context.rewrite(context.rewrite(graph, AddedMask()), ExpandedMask())
+
+
+class ExpandedMask(Rule):
+    """A condition repeated to the shape of what it masks: masking repeats it anyway."""
+
+    name = "expanded-mask"
+    roots = (Mask,)
+
+    def match(self, root: Node, graph: Graph) -> Match | NoMatch:
+        x, visible = root.inputs
+        condition = _unexpanded(visible)
+        if condition == visible:
+            return NoMatch("the condition is not expanded", root)
+        if broadcast(x.type.shape, condition.type.shape) != root.types[0].shape:
+            return NoMatch("expanding the condition expands the result", root, 1)
+        return Match(root, {"x": x, "condition": condition}, {}, frozenset([root]), root.results)
+
+    def rewrite(self, b: Emitter, match: Match) -> Any:
+        assert isinstance(match.root.op, Mask)
+        return b.mask(match["x"], match["condition"], value=match.root.op.value)
 
 
 class AddedMask(Rule):

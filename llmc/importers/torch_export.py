@@ -1,9 +1,9 @@
 """Causal language models from torch.export: `torch.export.save`'s `.pt2` -> graph, weights, facts. torch is not needed.
 
 The program must be f(input_ids [1, tokens]) -> logits [1, tokens, vocab_size], or the same without the unit axis, with
-the number of tokens dynamic. A dynamic batch is taken at 1. It may take `position_ids` or `cache_position`, which
-become the graph's positions, and `attention_mask`, which is taken as all ones. The first output is the logits; others (a
-cache, hidden states) are left out. An `arange` over the tokens is the tokens' positions (see export/known.py).
+the number of tokens dynamic. A dynamic batch is taken at 1. `position_ids` or `cache_position` become the graph's
+positions, `attention_mask` is taken as all ones. The first output is the logits; others (a cache, hidden states) are
+left out. An `arange` over the tokens is the tokens' positions (see export/known.py).
 
 16-bit floats of the export are computed in `activation`, as they are for models with a description.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 import zipfile
@@ -15,7 +16,6 @@ from tests.tiny_models import ROTARY, make_model
 
 torch = pytest.importorskip("torch")
 
-LONGEST = 48
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2}),
@@ -35,22 +35,17 @@ def model_of(name: str, attention: str = "eager") -> Any:
     return model
 
 
-def export(model: Any, path: Path, core: bool = False, longest: int | None = LONGEST, **inputs: Any) -> Path:
+def export(model: Any, path: Path, core: bool = False, longest: int | None = 39, **inputs: Any) -> Path:
     """Export a model of token ids and save it; `core` runs torch's decompositions, `inputs` are further arguments."""
     ids = torch.arange(13)[None]
     tokens = torch.export.Dim("tokens", min=2, max=longest)
     sizes = {k: {v.dim() - 1: tokens} if isinstance(v, torch.Tensor) else None for k, v in inputs.items()}
-    # The first parameter's name is the module's own.
-    first = next(iter(_parameters(model)))
+    first = next(iter(inspect.signature(model.forward).parameters))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (ids,), inputs, dynamic_shapes={first: {1: tokens}, **sizes})
         torch.export.save(program.run_decompositions() if core else program, path)
     return path
-
-
-def _parameters(model: Any) -> list[str]:
-    return list(model.forward.__code__.co_varnames[1:2]) if not hasattr(model, "config") else ["input_ids"]
 
 
 def logits_of(model: Any, ids: list[int]) -> Any:

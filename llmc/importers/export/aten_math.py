@@ -255,17 +255,17 @@ def chosen(o: Operands) -> Tensor:
     if holds.number is not None:
         taken, known = (x, left) if holds.number else (y, right)
         return spread(known, shape) if known is not None else o.lower.expand(o.lower.value(taken), shape)
-    wide = spread(holds, shape)
-    assert isinstance(wide, Condition)
     if left is not None and right is not None:
         if left.number is None or right.number is None:
             raise Unknown("a choice between indices")
         given = [v for v in (x, y) if not isinstance(v, int | float)]
+        wide = spread(holds, shape)
+        assert isinstance(wide, Condition)
         return choice(wide, left.number, right.number, dtype_of(given[0]) if given else DType.F32)
     if right is not None and right.number is not None:
-        return _masked(o, x, wide, right.number)
+        return _masked(o, x, holds, right.number)
     if left is not None and left.number is not None:
-        return _masked(o, y, inverted(wide), left.number)
+        return _masked(o, y, inverted(holds), left.number)
     raise Unknown("a choice between two values that the model computes")
 
 

@@ -184,7 +184,17 @@ def flatten(o: Operands) -> Tensor:
     return viewed(o, x, completed(shape, (*shape[:first], -1, *shape[last + 1 :])))
 
 
-@aten("transpose.int", "t.default", "permute.default", "numpy_T.default")
+@aten("unflatten.int")
+def unflatten(o: Operands) -> Tensor:
+    """One axis taken apart."""
+    x = o.tensor("self")
+    shape = shape_of(x)
+    axis = o.axis("dim", len(shape))
+    parts = completed((shape[axis],), o.shape("sizes"))
+    return viewed(o, x, (*shape[:axis], *parts, *shape[axis + 1 :]))
+
+
+@aten("transpose.int", "t.default", "permute.default", "numpy_T.default", "mT.default")
 def permuted(o: Operands) -> Tensor:
     """Axes in another order."""
     x = o.tensor("self")
@@ -195,6 +205,8 @@ def permuted(o: Operands) -> Tensor:
     elif o.name == "transpose.int":
         i, j = o.axis("dim0", rank), o.axis("dim1", rank)
         axes[i], axes[j] = j, i
+    elif o.name == "mT.default":
+        axes[-2:] = reversed(axes[-2:])
     else:
         axes.reverse()
     return transposed(o, x, axes)
