@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.importers.export import aten_math, aten_nn, aten_shape
+from llmc.importers.export import aten_index, aten_math, aten_nn, aten_shape
 from llmc.importers.export.archive import DTYPES, Archive, ArchivedTensor, ExportFailure
 from llmc.importers.export.known import Affine, Choice, Condition, Line, constant
 from llmc.importers.export.lowering import OPERATORS, Lowering, Tensor, shape_of
@@ -31,7 +31,7 @@ from llmc.ir.op import Array, Value
 from llmc.ir.printer import layer_index
 from llmc.ir.types import Dim, DType, Linear, symbol
 
-assert OPERATORS and all((aten_math, aten_nn, aten_shape)), "importing them registers the operators"
+assert OPERATORS and all((aten_index, aten_math, aten_nn, aten_shape)), "importing them registers the operators"
 
 INDICES = ("position_ids", "cache_position", "positions")
 """Inputs that are the tokens' positions, by the names that transformers uses."""

@@ -55,6 +55,8 @@ def logits_of(model: Any, ids: list[int]) -> Any:
     return getattr(result, "logits", result)[0].float().numpy()
 
 
+Exported = Callable[[str, str], Path]
+"""The fixture `exported(model, way)`: the archive of a tiny model."""
 Change = Callable[[dict[str, bytes]], None]
 
 

@@ -106,14 +106,14 @@ def _given(spec: Mapping[str, Any], tensors: Mapping[str, Any], source: str) -> 
     if kind not in (*labels, "user_input", "constant_input"):
         raise ExportFailure(f"{source}: an input of kind {kind!r:.40} is not supported")
     if kind == "constant_input":
-        return Given(kind, str(value["name"]), "", None, 0)
+        return Given(kind, _text(value["name"]), "", None, 0)
     argument = value["arg"] if kind == "user_input" else {"as_tensor": value["arg"]}
     if "as_tensor" not in argument:
         return Given("constant_input", str(argument)[:80], "", None, 0)
-    name = argument["as_tensor"]["name"]
+    name = _text(argument["as_tensor"]["name"])
     meta = tensors[name]
     sizes = tuple(_size(size) for size in meta["sizes"])
-    return Given(kind, name, str(value[labels[kind]]) if kind in labels else "", sizes, meta["dtype"])
+    return Given(kind, name, _text(value[labels[kind]]) if kind in labels else "", sizes, int(meta["dtype"]))
 
 
 def _size(size: Mapping[str, Any]) -> int | str:
@@ -146,20 +146,28 @@ def _argument(argument: Mapping[str, Any]) -> Any:
         case "as_none":
             return None
         case "as_tensor":
-            return Reference(value["name"])
+            return Reference(_text(value["name"]))
         case "as_tensors":
-            return [Reference(v["name"]) for v in value]
+            return [Reference(_text(v["name"])) for v in value]
         case "as_optional_tensors":
             return [_argument(v) for v in value]
         case "as_optional_tensor" | "as_sym_int" | "as_sym_bool" | "as_sym_float":
             ((inner, content),) = value.items()
             if inner == "as_name":
-                return Reference(content)
-            return Reference(content["name"]) if inner == "as_tensor" else None if inner == "as_none" else content
+                return Reference(_text(content))
+            return (
+                Reference(_text(content["name"])) if inner == "as_tensor" else None if inner == "as_none" else content
+            )
         case "as_sym_ints" | "as_sym_bools" | "as_sym_floats":
             return [_argument({"as_sym_int": v}) for v in value]
         case "as_float":
             return float(value)  # infinities are texts
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a name must be text, given {str(value)[:80]}")
     return value
 
 
