@@ -47,7 +47,8 @@ def elements(x: Known) -> Array:
 
     def line(given: Line) -> Array:
         terms = [c * g for c, g in zip(given.coefficients, grid, strict=True)]
-        return sum(terms, np.full(shape, given.constant))
+        total: Array = np.full(shape, given.constant) + sum(terms)
+        return total
 
     if isinstance(x, Affine):
         return line(x.line)
