@@ -57,8 +57,8 @@ def test_logits_and_fused_ops(name: str, way: str, exported: Exported, tmp_path:
     assert model.unused_tensors == ()
     assert model.info.num_layers == CONFIGURATIONS[name][1].get("num_hidden_layers", 2)
     assert model.info.max_sequence_length == 39
-    if name == "gemma2":
-        return
+    if name == "gemma2" and name not in descriptions():
+        return  # its attention has no fused form without the description's
     step = step_pipeline(DType.F32).run(model.graph, observer=together(Verifier(), NumericsCheck(model.weights.load)))
     if CONFIGURATIONS[name][0] in descriptions():
         described = import_model(save(model_of(name), tmp_path / "folder"), max_sequence_length=39)
