@@ -47,7 +47,9 @@ def elements(x: Known) -> Array:
 
     def line(given: Line) -> Array:
         terms = [c * g for c, g in zip(given.coefficients, grid, strict=True)]
-        total: Array = np.full(shape, given.constant) + sum(terms)
+        total: Array = np.full(shape, given.constant)
+        for term in terms:
+            total = total + term
         return total
 
     if isinstance(x, Affine):

@@ -52,7 +52,7 @@ def rotated(
     return b.graph({"out": b.add(b.mul(straight, cos), b.mul(turned, sin))})
 
 
-NEAR = {
+NEAR: dict[str, tuple[str, Callable[[Model], Graph], str]] = {
     "not zero": ("added-mask", lambda b: added(b, base=1.0), "what the mask leaves is not 0"),
     "mild": ("added-mask", lambda b: added(b, value=-5.0), r"the mask adds -5.0, which hides nothing"),
     "strict": ("added-mask", lambda b: added(b, moved=-1.0), "a token may not see itself"),
