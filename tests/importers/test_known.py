@@ -55,7 +55,7 @@ def elements(x: Known) -> Array:
     if isinstance(x, Affine):
         return line(x.line)
     if isinstance(x, Condition):
-        return np.logical_and.reduce([np.full(shape, not x.never), *(line(n) >= 0 for n in x.lines)])
+        return np.asarray(np.logical_and.reduce([np.full(shape, not x.never), *(line(n) >= 0 for n in x.lines)]))
     return np.where(elements(x.condition), x.chosen, x.other)
 
 
