@@ -13,7 +13,7 @@ from llmc import __version__
 from llmc.commands.common import error_console
 from llmc.ir.errors import LlmcError
 
-COMMANDS = ("compile", "run", "verify", "inspect", "opt", "bench")
+COMMANDS = ("compile", "import", "run", "verify", "inspect", "opt", "bench")
 """In the order in which --help shows them; each is a module of `llmc.commands`."""
 
 

@@ -17,7 +17,7 @@ from llmc.compile_report import CompileReport
 from llmc.contents import graph_files, make_manifest, runtime_files, state_sizes
 from llmc.dtypes import check_8_bit_floats, check_kv_quant, compute_dtype, kv_dtype
 from llmc.entries import specialised
-from llmc.importers.hf import import_model
+from llmc.importers.choose import import_model
 from llmc.ir.graph import Graph
 from llmc.ir.interpret import evaluate_parameters
 from llmc.ir.op import Array, Value

@@ -8,7 +8,7 @@ from llmc.backends.choose import know_ops
 from llmc.backends.tvm.lower import lower
 from llmc.backends.tvm.lower_attention import entry_graph
 from llmc.entries import specialised
-from llmc.importers.hf import import_model
+from llmc.importers.choose import import_model
 from llmc.ir.errors import LlmcError, nearest
 from llmc.ir.graph import Graph, Leaf
 from llmc.ir.op import Value

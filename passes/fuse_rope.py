@@ -42,16 +42,18 @@ class Table(Rule):
             return NoMatch("want the sine and the cosine of one product", root)
         for column, row in (angles.node.inputs, angles.node.inputs[::-1]):
             positions = _positions(column)
-            if positions is None or row.type.rank != 2 or angles.type.shape[1:] != row.type.shape[1:]:
+            if positions is None or row.type.rank not in (1, 2) or angles.type.shape[1:] != row.type.shape[-1:]:
                 continue
             cos, sin, scaling = _scaled(graph, cosines[0], root)
             nodes = frozenset({cosines[0], root, cos.node, sin.node, angles.node})
             return Match(root, {"positions": positions, "row": row}, {"scaling": scaling}, nodes, (cos, sin))
-        return NoMatch("the angles are no product of positions i32[t] and frequencies [1, d] or [t, d]", angles.node, 1)
+        return NoMatch(
+            "the angles are no product of positions i32[t] and frequencies [d], [1, d] or [t, d]", angles.node, 1
+        )
 
     def rewrite(self, b: Emitter, match: Match) -> Any:
         row = match["row"]
-        if row.type.shape[0] == 1:
+        if row.type.rank == 2 and row.type.shape[0] == 1:
             row = reshaped(b, row, row.type.shape[1:])
         return b.rotary_table(match["positions"], row, scaling=match.attributes["scaling"])
 

@@ -7,6 +7,7 @@ from llmc.passes.absorb_latent import AbsorbLatent
 from llmc.passes.base import Pipeline, parse_pipeline
 from llmc.passes.canonicalize import Canonicalize
 from llmc.passes.constant_fold import ConstantFold
+from llmc.passes.drop_unit_axes import DropUnitAxes
 from llmc.passes.fuse_append import FuseAppend
 from llmc.passes.fuse_attention import FuseAttention
 from llmc.passes.fuse_experts import FuseExperts
@@ -14,6 +15,8 @@ from llmc.passes.fuse_mlp import FuseMlp
 from llmc.passes.fuse_norm import FuseNorm
 from llmc.passes.fuse_residual import FuseResidual
 from llmc.passes.fuse_rope import FuseRope
+from llmc.passes.normalize_masks import NormalizeMasks
+from llmc.passes.normalize_rotations import NormalizeRotations
 from llmc.passes.pack_linears import PackLinears
 from llmc.passes.paged_kv import PagedKv
 from llmc.passes.plan_memory import PlanMemory
@@ -26,6 +29,10 @@ COMMON = Pipeline(
     (
         ConstantFold(),  # scalars become attributes, which the patterns below expect
         Canonicalize(),  # one way to write each thing, and one copy of what every layer computes
+        DropUnitAxes(),  # exporters carry a batch of one; after this, the shapes are those of one sequence
+        NormalizeMasks(),  # masks choose, and are not added
+        NormalizeRotations(),  # tables of half a head's width, tokens before heads
+        Canonicalize(),  # what these have written once for every layer
         RaiseLinear(),  # products with weights, apart from those of attention
         FuseNorm(),  # norms, then the residual additions before them
         FuseRope(),  # rotations, which stand between projections and attention

@@ -92,6 +92,23 @@ def test_verify_names_the_first_divergent_node(package: Path, tmp_path: Path, ll
     assert "first divergent node: packed_linear at model.layers.2.mlp.down_proj" in out
 
 
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_import(form: tuple[str, ...], llmc: Llmc) -> None:
+    status, out, err = llmc("import", PICOCODE, "--max-sequence-length", "99", *form)
+    assert (status, err) == (0, "")
+    if form:
+        report = json.loads(out)
+        assert report["max_sequence_length"] == 99 and report["raised"]["fuse-mlp"]["gated-linear"] == 6
+    else:
+        assert "  attention      6  model.layers.{layer}.self_attn\n" in out
+        assert out.endswith("compiles to a step\n")
+
+
+def test_import_of_what_is_not_there(llmc: Llmc, tmp_path: Path) -> None:
+    status, out, err = llmc("import", tmp_path / "none.pt2")
+    assert (status, out) == (2, "") and "none.pt2" in err
+
+
 def test_inspect(package: Path, llmc: Llmc) -> None:
     assert "repeat layer = 0..5" in llmc("inspect", PICOCODE)[1]
     assert "attention(" in llmc("inspect", package, "--pass", "fuse-attention")[1]

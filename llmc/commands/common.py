@@ -12,7 +12,10 @@ from rich.console import Console
 error_console = Console(stderr=True, highlight=False)
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a configuration ending in .json.")
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a configuration ending in .json, or a torch.export .pt2."
+    ),
 ]
 Package = Annotated[Path, typer.Argument(metavar="DIR", help="A package that 'llmc compile' wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]

@@ -20,14 +20,15 @@ class ImportedModel:
     """A model as the compiler sees it. No weight has been read: `weights.load(label)` does that.
 
     The graph computes `logits: f32[tokens, vocab_size]` from `token_ids` and `positions: i32[tokens]`, in primitive
-    ops.
+    ops. `description` is None where the file holds the graph itself. `unused_tensors` are stored and read by nothing.
     """
 
     graph: Graph
     weights: WeightMap
     info: ModelInfo
-    description: Description
+    description: Description | None
     tokenizer_files: dict[str, bytes]
+    unused_tensors: tuple[str, ...] = ()
 
 
 def import_model(

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmc.backends.buffers import is_intermediate
 from llmc.backends.choose import arguments_of
-from llmc.importers.hf import import_model
+from llmc.importers.choose import import_model
 from llmc.inspection import read_graph
 from llmc.ir.graph import Graph, Input
 from llmc.ir.interpret import evaluate_parameters, interpret
