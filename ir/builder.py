@@ -44,9 +44,9 @@ class Builder(Emitter):
 
     @contextmanager
     def at(self, loc: str) -> Iterator[None]:
-        """Nodes made inside carry `outer.loc` as their place in the source model."""
+        """Nodes made inside carry `outer.loc` as their place in the source model, or `outer` where `loc` is empty."""
         outer = self.loc
-        self.loc = f"{outer}.{loc}" if outer else loc
+        self.loc = f"{outer}.{loc}" if outer and loc else outer or loc
         try:
             yield
         finally:

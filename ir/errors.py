@@ -27,9 +27,11 @@ class NoKernel(LlmcError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`did you mean 'x'?`, or the list of choices when nothing is near."""
+    """`did you mean 'x'?`, or the list of choices, if it is short, when nothing is near."""
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
+    if len(known) > 24:
+        return f"{len(known)} are known, none near"
     return f"known: {', '.join(known)}" if known else "there is none"

@@ -26,7 +26,7 @@ LEARNED = {"vocab_size": 1021, "n_embd": 60, "n_layer": 2, "n_head": 5, "n_posit
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """A model in float32 with eager attention. Weights are large, so that every part shows in the logits."""
-    defaults = ROTARY if model_type == "llama" else LEARNED
+    defaults = {"llama": ROTARY, "gpt2": LEARNED}.get(model_type, {})
     config = transformers.AutoConfig.for_model(model_type, **{**defaults, **changes})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
+import numpy as np
+
 from llmc.ir.builder import Builder
 from llmc.ir.op import Op, Value
 from llmc.ir.ops.elementwise import GeluErf, GeluTanh, Relu, Silu
@@ -17,6 +19,7 @@ Initial: TypeAlias = Literal["normal", "ones", "small"]
 
 ACTIVATIONS: dict[str, type[Op]] = {
     "gelu": GeluErf,
+    "gelu_fast": GeluTanh,
     "gelu_new": GeluTanh,
     "gelu_pytorch_tanh": GeluTanh,
     "relu": Relu,
@@ -50,14 +53,24 @@ class Rotation:
 
 @dataclass
 class Context:
-    """What blocks share while a graph is built."""
+    """What blocks share while a graph is built: `slopes` of attention biases f32 [num_heads], where there are any, and
+    how many tokens the `longest` sequence has."""
 
     b: Builder
     parameters: Parameters
     activation: DType
     positions: Value
     rotation: Rotation | None = None
+    slopes: Value | None = None
+    longest: int = 0
     layer: int = 0
+
+    def scaled(self, x: Value, factor: float) -> Value:
+        """x times a number that is rounded to the activations' dtype; no op where it is 1."""
+        if factor == 1.0:
+            return x
+        result: Value = self.b.mul_scalar(x, value=float(np.array(factor, x.type.dtype.numpy)))
+        return result
 
     def weight(self, shape: tuple[int, ...], initial: Initial = "normal", suffix: str = "weight") -> Value:
         """The tensor named after the present place, in its storage dtype."""

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from llmc.architectures.context import Block
+from llmc.architectures.expression import names, shown
+from llmc.architectures.fill import DescriptionError, Filler, merged
+from llmc.architectures.layers import Layer
 from llmc.architectures.model import Model
-from llmc.architectures.rope import RopeParameters, RopeType, read_rope
-from llmc.architectures.settings import ConfigurationError, Rule, Settings, convert
-from llmc.ir.errors import LlmcError, nearest
+from llmc.architectures.rope import RopeType
+from llmc.architectures.settings import LAYER, ConfigurationError, Rule, Settings, convert
+from llmc.ir.errors import nearest
 
 _BLOCK_TABLES = ("embedding", "positions", "layer", "final_norm", "head")
 _MAX_BYTES = 1 << 20
-
-
-class DescriptionError(LlmcError):
-    """A description (TOML) is wrong; names the file, the table and the nearest valid choice."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Common:
     harmless: tuple[str, ...]
     neutral: Mapping[str, list[Any]]
     rope_types: Mapping[str, RopeType]
+    missing_blocks: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ class Description:
     unused_tensors: tuple[str, ...]
     optional_prefix: str
     neutral: Mapping[str, list[Any]]
+    requires: tuple[str, ...]
     rules: Mapping[str, Rule]
+    own_rules: tuple[str, ...]
     blocks: Mapping[str, Any]
 
     def apply(self, config: Mapping[str, Any], source: str) -> Model:
@@ -53,14 +54,36 @@ class Description:
         """
         shared = common()
         settings = Settings(config, source, self.rules)
-        model = _fill(Model, self.blocks, settings, self.source)
+        filler = Filler(settings, shared.rope_types)
+        stem = {name: table for name, table in self.blocks.items() if name != "layer"}
+        model = filler.fill(Model, stem, self.source)
         assert isinstance(model, Model)
+        model = replace(model, layers=tuple(self._layer(filler, i) for i in range(model.num_layers)))
+        for condition in self.requires:
+            self._check(settings, condition)
         _check_layer_types(settings, model.num_layers)
-        if idle := sorted(set(self.rules) - settings.used):
+        if idle := sorted(set(self.own_rules) - settings.used):
             raise DescriptionError(f"{self.source}, [config]: no block uses {', '.join(idle)}")
         neutral = {**shared.neutral, **self.neutral}
         settings.check_understood((*shared.harmless, *self.ignored), neutral, self.model_types[0])
         return model
+
+    def _layer(self, filler: Filler, number: int) -> Layer:
+        where = f"{self.source}, layer"
+        if "layer" not in self.blocks:
+            raise DescriptionError(f"{self.source}: the table 'layer' is missing")
+        with filler.settings.at_layer(number):
+            layer = filler.fill(Layer, filler.choose(Layer, self.blocks["layer"], where), where)
+        assert isinstance(layer, Layer)
+        return layer
+
+    def _check(self, settings: Settings, condition: str) -> None:
+        if not convert(settings.evaluate(condition, f"{self.source}, requires"), bool, f"{self.source}, requires"):
+            given = ", ".join(f"{n} = {shown(settings.get(n))}" for n in sorted(names(condition)))
+            raise ConfigurationError(
+                f"{settings.source}: the blocks of {self.model_types[0]!r} compute this only where {condition}; given"
+                f" {given}"
+            )
 
 
 @cache
@@ -79,7 +102,7 @@ def common() -> Common:
     """The keys that all families share."""
     table = tomllib.loads(resources.files(__package__).joinpath("common.toml").read_text(encoding="utf-8"))
     types = {k: RopeType(t["scaling"], tuple(t["needs"]), tuple(t["may"])) for k, t in table["rope_types"].items()}
-    return Common(tuple(table["harmless"]), table["neutral"], types)
+    return Common(tuple(table["harmless"]), table["neutral"], types, table["missing_blocks"])
 
 
 def find_description(model_type: object, source: str, architecture: Path | None = None) -> Description:
@@ -93,10 +116,14 @@ def find_description(model_type: object, source: str, architecture: Path | None 
         return parse_description(data, str(architecture))
     known = descriptions()
     if model_type is None:
-        raise ConfigurationError(f"{source}: the key 'model_type' is missing; known: {', '.join(sorted(known))}")
+        raise ConfigurationError(f"{source}: the key 'model_type' is missing; it says which description is meant")
     if not isinstance(model_type, str) or model_type not in known:
-        given = str(model_type)[:80]
-        raise ConfigurationError(f"{source}: the model type {given!r} has no description; {nearest(given, known)}")
+        given, missing = str(model_type)[:80], common().missing_blocks
+        why = f"no block computes {missing[given]}" if given in missing else nearest(given, known)
+        raise ConfigurationError(
+            f"{source}: the model type {given!r} has no description; {why} (--architecture takes one of yours,"
+            " docs/architectures.md shows how)"
+        )
     return known[model_type]
 
 
@@ -108,10 +135,13 @@ def parse_description(data: bytes, source: str) -> Description:
         table = tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise DescriptionError(f"{source} is no TOML: {error}") from error
-    known = ("model_types", "ignored", "unused_tensors", "optional_prefix", "neutral", "config", *_BLOCK_TABLES)
+    texts = ("model_types", "ignored", "unused_tensors", "requires")
+    known = (*texts, "extends", "optional_prefix", "neutral", "config", *_BLOCK_TABLES)
     for key in table:
         if key not in known:
             raise DescriptionError(f"{source}: there is no table or key {key!r}; {nearest(key, known)}")
+    inherited = _rules(_base(table, source).get("config", {}), source)
+    table = _extended(_base(table, source), table)
     model_types = _texts(table, "model_types", source)
     if not model_types:
         raise DescriptionError(f"{source}: 'model_types' must name at least one model type")
@@ -124,8 +154,32 @@ def parse_description(data: bytes, source: str) -> Description:
             raise DescriptionError(f"{source}, [neutral]: {key!r} must be a list of the values that change nothing")
     rules = _rules(table.get("config", {}), source)
     blocks = {k: table[k] for k in _BLOCK_TABLES if k in table}
-    ignored, unused = _texts(table, "ignored", source), _texts(table, "unused_tensors", source)
-    return Description(source, model_types, ignored, unused, prefix, neutral, rules, blocks)
+    _, ignored, unused, requires = (_texts(table, name, source) for name in texts)
+    own = tuple(name for name in rules if rules[name] != inherited.get(name))
+    return Description(source, model_types, ignored, unused, prefix, neutral, requires, rules, own, blocks)
+
+
+def _base(table: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The description that a description extends, whole, without its model types."""
+    name = table.get("extends")
+    if name is None:
+        return {}
+    files = {f.name: f for f in resources.files(__package__).iterdir() if f.name.endswith(".toml")}
+    known = sorted(n.removesuffix(".toml") for n in files if n != "common.toml")
+    if name not in known:
+        raise DescriptionError(f"{source}: there is no description {name!r} to extend; {nearest(str(name), known)}")
+    base = tomllib.loads(files[f"{name}.toml"].read_text(encoding="utf-8"))
+    whole = _extended(_base(base, f"{name}.toml"), base)
+    return {k: v for k, v in whole.items() if k not in ("model_types", "extends")}
+
+
+def _extended(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """A description laid over another; a `[config]` value is said anew as a whole."""
+    whole = merged(base, table)
+    rules = base.get("config", {}), table.get("config", {})
+    if all(isinstance(part, dict) for part in rules):
+        whole["config"] = {**rules[0], **rules[1]}
+    return whole
 
 
 def _texts(table: Mapping[str, Any], key: str, source: str) -> tuple[str, ...]:
@@ -139,72 +193,34 @@ def _rules(table: Any, source: str) -> dict[str, Rule]:
     """The `[config]` table: a value is a key's name, or a table with `key`, and `default` or `otherwise`."""
     if not isinstance(table, dict):
         raise DescriptionError(f"{source}: 'config' must be a table")
-    rules: dict[str, Rule] = {}
-    for name, entry in table.items():
-        entry = {"key": entry} if isinstance(entry, str) else entry
-        where = f"{source}, [config], {name!r}"
-        if not isinstance(entry, dict) or not set(entry) <= {"key", "default", "otherwise"} or "key" not in entry:
-            raise DescriptionError(f"{where} must be a key's name or {{ key, default | otherwise }}")
-        keys = entry["key"] if isinstance(entry["key"], list) else [entry["key"]]
-        default, otherwise = entry.get("default"), entry.get("otherwise")
-        if not keys or not all(isinstance(k, str) for k in keys):
-            raise DescriptionError(f"{where}: 'key' must be text or a list of texts")
-        if default is not None and not isinstance(default, bool | int | float | str):
-            raise DescriptionError(f"{where}: 'default' must be a number, a flag or text")
-        if otherwise is not None and (not isinstance(otherwise, str) or default is not None):
-            raise DescriptionError(f"{where}: 'otherwise' must be an expression, without a 'default'")
-        rules[name] = Rule(tuple(keys), default, otherwise)
-    return rules
+    return {name: _rule(name, entry, f"{source}, [config], {name!r}") for name, entry in table.items()}
 
 
-def _fill(kind: type, table: object, settings: Settings, where: str) -> Any:
-    """Make a block from its table: each field from the table, else from `[config]`, else its default."""
-    if not isinstance(table, dict):
-        raise DescriptionError(f"{where} must be a table")
-    if issubclass(kind, Block):
-        choice = table.get("kind", "")
-        if not isinstance(choice, str) or choice not in kind.kinds:
-            raise DescriptionError(f"{where}: there is no kind {choice!r}; {nearest(str(choice), kind.kinds)}")
-        kind = kind.kinds[choice]
-        table = {k: v for k, v in table.items() if k != "kind"}
-    assert is_dataclass(kind)
-    hints = get_type_hints(kind)
-    names = [f.name for f in fields(kind)]
-    for key in table:
-        if key not in names:
-            raise DescriptionError(f"{where}: there is no field {key!r}; {nearest(key, names)}")
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        hint, place = hints[field.name], f"{where}, {field.name}"
-        if hint is RopeParameters:
-            limit = convert(settings.get("max_positions"), int, _key(settings, "max_positions"))
-            values[field.name] = read_rope(settings, common().rope_types, limit)
-        elif is_dataclass(hint) or issubclass(hint, Block):
-            if field.name not in table:
-                raise DescriptionError(f"{where}: the table {field.name!r} is missing")
-            values[field.name] = _fill(hint, table[field.name], settings, place)
-        elif field.name in table:
-            given = table[field.name]
-            if isinstance(given, str) and hint is not str:
-                place = _key(settings, given) if given in settings else place
-                given = settings.evaluate(given, place)
-            values[field.name] = convert(given, hint, place)
-        elif field.name in settings:
-            values[field.name] = convert(settings.get(field.name), hint, _key(settings, field.name))
-        elif field.default is MISSING:
-            raise DescriptionError(f"{where}: the field {field.name!r} is missing, and [config] does not name it")
-    try:
-        return kind(**values)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{settings.source}: {error}") from error
-
-
-def _key(settings: Settings, name: str) -> str:
-    return f"{settings.source}: {settings.origin(name)!r}"
+def _rule(name: str, entry: Any, where: str) -> Rule:
+    entry = {"key": entry} if isinstance(entry, str) else entry
+    allowed = {"key", "default", "null", "otherwise", "per_layer"}
+    if not isinstance(entry, dict) or not set(entry) <= allowed or not {"key", "otherwise"} & set(entry):
+        raise DescriptionError(f"{where} must be a key's name or {{ key, default | otherwise, null, per_layer }}")
+    if name == LAYER:
+        raise DescriptionError(f"{where}: {LAYER!r} is the number of a layer already")
+    keys = entry.get("key", [])
+    keys = keys if isinstance(keys, list) else [keys]
+    default, otherwise, per_layer = entry.get("default"), entry.get("otherwise"), entry.get("per_layer", False)
+    if ("key" in entry and not keys) or not all(isinstance(k, str) for k in keys):
+        raise DescriptionError(f"{where}: 'key' must be text or a list of texts")
+    if default is not None and not isinstance(default, bool | int | float | str | list):
+        raise DescriptionError(f"{where}: 'default' must be a number, a flag, text or a list")
+    if otherwise is not None and (not isinstance(otherwise, str) or default is not None):
+        raise DescriptionError(f"{where}: 'otherwise' must be an expression, without a 'default'")
+    if not isinstance(per_layer, bool):
+        raise DescriptionError(f"{where}: 'per_layer' must be true or false")
+    return Rule(tuple(keys), default, otherwise, per_layer, entry.get("null"))
 
 
 def _check_layer_types(settings: Settings, num_layers: int) -> None:
     """Every layer is of the one kind that `[layer]` describes."""
+    if any("layer_types" in rule.keys for rule in settings.rules.values()):
+        return
     kinds = settings.take("layer_types")
     if kinds is None:
         return

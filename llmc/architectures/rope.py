@@ -16,6 +16,7 @@ from llmc.ir.errors import nearest
 DEFAULT_THETA = 10000.0
 MAX_ROTARY_DIM = 1 << 16
 
+_LISTS = ("short_factor", "long_factor")
 _POSITIVE = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor")
 
 Frequencies = npt.NDArray[np.float32]
@@ -32,13 +33,15 @@ class RopeType:
 
 @dataclass(frozen=True)
 class RopeParameters:
-    """The rope keys of one configuration. `values` holds the numbers of the scaling rule that are set."""
+    """The rope keys of one configuration. `values` holds the numbers of the scaling rule that are set, `lists` those
+    that are given for each frequency."""
 
     scaling: str
     theta: float
     partial_rotary_factor: float
     max_positions: int
     values: Mapping[str, float]
+    lists: Mapping[str, tuple[float, ...]]
     where: str
 
     @property
@@ -60,7 +63,8 @@ def read_rope(settings: Settings, types: Mapping[str, RopeType], max_positions: 
     kind = types[name]
     theta = _same(settings, given, "rope_theta", where)
     partial = _same(settings, given, "partial_rotary_factor", where)
-    if (outer := settings.take("original_max_position_embeddings")) is not None:
+    outer = settings.take("original_max_position_embeddings")
+    if outer is not None and "original_max_position_embeddings" in (*kind.needs, *kind.may):
         given["original_max_position_embeddings"] = outer
     for key in given:
         if key not in (*kind.needs, *kind.may):
@@ -70,7 +74,8 @@ def read_rope(settings: Settings, types: Mapping[str, RopeType], max_positions: 
     for key in kind.needs:
         if key not in given:
             raise ConfigurationError(f"{where}: the rope type {name!r} needs the key {key!r}")
-    values = {k: _number(v, f"{where}: {k}") for k, v in given.items()}
+    lists = {k: _numbers(v, f"{where}: {k}") for k, v in given.items() if k in _LISTS}
+    values = {k: _number(v, f"{where}: {k}") for k, v in given.items() if k not in _LISTS}
     theta_value = DEFAULT_THETA if theta is None else convert(theta, float, f"{where}: rope_theta")
     if theta_value <= 0:
         raise ConfigurationError(f"{where}: rope_theta must be positive, given {theta_value}")
@@ -82,7 +87,7 @@ def read_rope(settings: Settings, types: Mapping[str, RopeType], max_positions: 
             raise ConfigurationError(f"{where}: {key} must be positive, given {values[key]}")
     if kind.scaling == "bands" and values["low_freq_factor"] >= values["high_freq_factor"]:
         raise ConfigurationError(f"{where}: low_freq_factor must be less than high_freq_factor")
-    return RopeParameters(kind.scaling, theta_value, fraction, max_positions, values, where)
+    return RopeParameters(kind.scaling, theta_value, fraction, max_positions, values, lists, where)
 
 
 def _spelling(settings: Settings) -> tuple[dict[str, Any], str]:
@@ -100,7 +105,9 @@ def _spelling(settings: Settings) -> tuple[dict[str, Any], str]:
 
 def _same(settings: Settings, given: dict[str, Any], key: str, where: str) -> Any:
     """A key that stands inside the table or beside it."""
-    inner, outer = given.pop(key, None), settings.take(key)
+    inner, outer = given.pop(key, None), settings.stated(key)
+    if inner is None and outer is None and key in settings:
+        outer = settings.get(key)
     if inner is not None and outer is not None and inner != outer:
         raise ConfigurationError(f"{where}: {key} is {inner!r} here and {outer!r} beside it")
     return outer if inner is None else inner
@@ -110,8 +117,17 @@ def _number(value: Any, where: str) -> float:
     return float(value) if isinstance(value, bool) else float(convert(value, float, where))
 
 
-def inverse_frequencies(rope: RopeParameters, rotary_dim: int) -> tuple[Frequencies, float]:
-    """Inverse frequencies f32 [rotary_dim / 2], and the factor on cosines and sines.
+def _numbers(value: Any, where: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) > MAX_ROTARY_DIM:
+        raise ConfigurationError(f"{where} must be a list of numbers, one for each frequency")
+    numbers = tuple(_number(v, where) for v in value)
+    if any(v <= 0 for v in numbers):
+        raise ConfigurationError(f"{where} must be a list of positive numbers")
+    return numbers
+
+
+def inverse_frequencies(rope: RopeParameters, rotary_dim: int, longest: int) -> tuple[Frequencies, float]:
+    """Inverse frequencies f32 [rotary_dim / 2], and the factor on cosines and sines, for sequences of up to `longest`.
 
     In float32 in the order of transformers 5 (modeling_rope_utils.py), so that both agree to the last bit or nearly.
     """
@@ -126,7 +142,24 @@ def inverse_frequencies(rope: RopeParameters, rotary_dim: int) -> tuple[Frequenc
             return _bands(rope, inverse), 1.0
         case "yarn":
             return _yarn(rope, powers, rotary_dim)
+        case "long":
+            return _long(rope, powers, longest)
     return inverse, 1.0
+
+
+def _long(rope: RopeParameters, powers: Frequencies, longest: int) -> tuple[Frequencies, float]:
+    """LongRoPE (Ding et al., 2024): each frequency divided by a factor of its own, of one list within the context of
+    training and of another beyond. Which list is one choice for all positions: keys of both would not go together."""
+    length = rope.original_max_positions
+    name = "long_factor" if longest > length else "short_factor"
+    factors = np.array(rope.lists[name], np.float32)
+    if factors.shape != powers.shape:
+        raise ConfigurationError(f"{rope.where}: {name} must have {len(powers)} numbers, given {len(factors)}")
+    scaling = rope.values.get("attention_factor")
+    if scaling is None:
+        factor = rope.values.get("factor", rope.max_positions / length)
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+    return (1.0 / (factors * powers)).astype(np.float32), float(scaling)
 
 
 def _bands(rope: RopeParameters, inverse: Frequencies) -> Frequencies:

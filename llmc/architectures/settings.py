@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import ast
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NewType
 
-from llmc.ir.errors import LlmcError, nearest
+from llmc.architectures.expression import ConfigurationError, evaluate, expressions, finite, names, shown
+from llmc.ir.errors import nearest
+
+__all__ = ["MAX_DIMENSION", "ConfigurationError", "Count", "Rule", "Settings", "convert", "evaluate"]
 
 MAX_DIMENSION = 1 << 24
 """No size in a configuration may be larger: far above real models, far below what would take memory."""
 
+LAYER = "layer"
+"""The name that expressions of a layer's blocks have for its number, from 0."""
 
-class ConfigurationError(LlmcError):
-    """A model's configuration, or a description of a family, says something that cannot be built."""
+Count = NewType("Count", int)
+"""A size that may be 0, where it means that there is no such thing."""
+
+ZERO = Count(0)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one named value is read: the first of `keys` that is set, else `default`, else `otherwise` evaluated."""
+    """How one named value is read: the first of `keys` that is set, else `default`, else `otherwise` evaluated.
+
+    A key with a dot is one inside a table. `per_layer`: the value is a list with one entry for each layer. `null`: the
+    value of a key that is there and null, where that is not the same as a key that is absent.
+    """
 
     keys: tuple[str, ...]
-    default: bool | int | float | str | None = None
+    default: bool | int | float | str | list[Any] | None = None
     otherwise: str | None = None
+    per_layer: bool = False
+    null: bool | int | float | str | None = None
 
 
 class Settings:
@@ -37,13 +49,25 @@ class Settings:
         self.rules = rules
         self.taken: set[str] = set()
         self.used: set[str] = set()
+        self._layer: int | None = None
         self._open: list[str] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self.rules
 
+    @contextmanager
+    def at_layer(self, layer: int) -> Iterator[None]:
+        """Values are those of one layer inside."""
+        self._layer = layer
+        try:
+            yield
+        finally:
+            self._layer = None
+
     def get(self, name: str) -> Any:
         """The value of a name. Raises `ConfigurationError` naming the key when it is missing or set twice."""
+        if name == LAYER and self._layer is not None:
+            return self._layer
         if name not in self.rules:
             raise ConfigurationError(f"[config] names no value {name!r}; {nearest(name, self.rules)}")
         if name in self._open:
@@ -55,7 +79,9 @@ class Settings:
             first, *others = given.values()
             if any(value != first for value in others):
                 raise ConfigurationError(f"{self.source}: {given} are two names of one value and differ")
-            return first
+            return self._of_layer(name, first) if rule.per_layer else first
+        if rule.null is not None and any(key in self.config for key in rule.keys):
+            return rule.null
         if rule.otherwise is not None:
             self._open.append(name)
             value = self.evaluate(rule.otherwise, f"{name} of {self.source}")
@@ -68,117 +94,101 @@ class Settings:
     def take(self, key: str) -> Any:
         """The configuration's value of a key (None when absent or null); the key counts as understood."""
         self.taken.add(key)
-        return self.config.get(key)
+        outer, _, inner = key.partition(".")
+        if not inner:
+            return self.config.get(key)
+        table = self.config.get(outer)
+        return table.get(inner) if isinstance(table, dict) else None
+
+    def stated(self, name: str) -> Any:
+        """What the configuration itself says of a name, or of a key where there is no such name; else None."""
+        if name not in self.rules:
+            return self.take(name)
+        self.mention(name)
+        return next((value for key in self.rules[name].keys if (value := self.take(key)) is not None), None)
+
+    def mention(self, table: object) -> None:
+        """What a table of a description names counts as used and understood, although nothing asks for it now."""
+        pending = [name for text in expressions(table) for name in names(text)]
+        seen: set[str] = set()
+        while pending:
+            name = pending.pop()
+            rule = self.rules.get(name)
+            if rule is None or name in seen:
+                continue
+            seen.add(name)
+            self.used.add(name)
+            self.taken.update(rule.keys)
+            pending += names(rule.otherwise or "")
 
     def origin(self, name: str) -> str:
         """Where a value came from, for messages: the key that is set, else the first that could be."""
-        keys = self.rules[name].keys
+        keys = self.rules[name].keys or (name,)
         return next((k for k in keys if self.config.get(k) is not None), keys[0])
 
     def evaluate(self, expression: str, where: str) -> Any:
-        """A named value, or arithmetic (+ - * / //) on named values and numbers. Between integers `/` must be exact."""
+        """The value of an expression of named values (see `expression`)."""
+        self.mention(expression)
         return evaluate(expression, self.get, where)
+
+    def _of_layer(self, name: str, value: Any) -> Any:
+        key, count = self.origin(name), self.get("num_layers")
+        if not isinstance(value, list) or len(value) != count:
+            raise ConfigurationError(f"{self.source}: {key} must be a list of {count} values, one for each layer")
+        if self._layer is None:
+            raise ConfigurationError(f"{self.source}: {key} has a value for each layer; only a layer's blocks have one")
+        return value[self._layer]
 
     def check_understood(self, harmless: Iterable[str], neutral: Mapping[str, list[Any]], family: str) -> None:
         """Raise `ConfigurationError` for a key that was not read and could change the computation."""
-        accepted = self.taken | set(harmless)
-        for key, value in self.config.items():
-            if key in accepted or value is None:
+        harmless = set(harmless)
+        accepted = self.taken | harmless
+        for key, value in self._flat():
+            inner = key.rpartition(".")[2]
+            if key in accepted or inner in harmless or value is None:
                 continue
-            shown = _short(value)
-            if key not in neutral:
+            known = key if key in neutral else inner
+            if known not in neutral:
                 close = get_close_matches(key, sorted(self.taken | set(neutral)), n=1, cutoff=0.0)
                 raise ConfigurationError(
-                    f"{self.source}: the key {key!r} (= {shown}) is not understood and may change what the model"
+                    f"{self.source}: the key {key!r} (= {shown(value)}) is not understood and may change what the model"
                     f" computes; the nearest key that the description of {family!r} understands is {close[0]!r}"
                     if close
-                    else f"{self.source}: the key {key!r} (= {shown}) is not understood"
+                    else f"{self.source}: the key {key!r} (= {shown(value)}) is not understood"
                 )
-            if not any(type(value) is type(allowed) and value == allowed for allowed in neutral[key]):
-                allowed = " or ".join(map(_short, neutral[key])) or "null"
+            if not any(type(value) is type(allowed) and value == allowed for allowed in neutral[known]):
+                allowed = " or ".join(map(shown, neutral[known])) or "null"
                 raise ConfigurationError(
-                    f"{self.source}: {key!r} is {shown}, which the blocks of {family!r} do not compute;"
+                    f"{self.source}: {key!r} is {shown(value)}, which the blocks of {family!r} do not compute;"
                     f" supported: {allowed}"
                 )
 
-
-def evaluate(expression: str, lookup: Callable[[str], Any], where: str) -> Any:
-    """A tiny arithmetic: names, numbers, + - * / // and parentheses. `/` of two integers must leave no rest."""
-    if len(expression) > 200:
-        raise ConfigurationError(f"{where}: the expression has {len(expression)} characters; at most 200")
-    try:
-        tree = ast.parse(expression, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigurationError(f"{where}: {expression!r} is no expression") from error
-
-    def number(node: ast.expr) -> int | float:
-        value = visit(node)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigurationError(f"{where}: {ast.unparse(node)!r} must be a number, given {_short(value)}")
-        return value
-
-    def visit(node: ast.expr) -> Any:
-        match node:
-            case ast.Name():
-                return lookup(node.id)
-            case ast.Constant(value=int() | float()):
-                return node.value
-            case ast.BinOp(op=ast.Add()):
-                return number(node.left) + number(node.right)
-            case ast.BinOp(op=ast.Sub()):
-                return number(node.left) - number(node.right)
-            case ast.BinOp(op=ast.Mult()):
-                return number(node.left) * number(node.right)
-            case ast.BinOp(op=ast.Div() | ast.FloorDiv()):
-                floor = isinstance(node.op, ast.FloorDiv)
-                return _divide(number(node.left), number(node.right), floor, f"{where}: {expression!r}")
-        raise ConfigurationError(f"{where}: {expression!r} may use names, numbers, + - * / and // only")
-
-    try:
-        return visit(tree)
-    except (OverflowError, RecursionError) as error:
-        raise ConfigurationError(f"{where}: {expression!r} is too large a number") from error
+    def _flat(self) -> Iterator[tuple[str, Any]]:
+        """The configuration's keys, those of tables that a rule looks into one by one."""
+        outer = {key.partition(".")[0] for key in self.taken if "." in key}
+        for key, value in self.config.items():
+            if key in outer and isinstance(value, dict):
+                yield from ((f"{key}.{inner}", v) for inner, v in value.items())
+            else:
+                yield key, value
 
 
-def convert(value: Any, kind: type, where: str) -> Any:
-    """A configuration's value as an int (a size: 1 to 2^24), float, bool or str. Raises naming `where` it stands."""
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{where} must be a positive integer, given {_short(value)}")
+def convert(value: Any, kind: object, where: str) -> Any:
+    """A configuration's value as an int (a size: 1 to 2^24), `Count` (0 to 2^24), float, bool or str. Raises naming
+    `where` it stands."""
+    if kind is int or kind is Count:
+        least, wanted = (1, "a positive integer") if kind is int else (0, "an integer of 0 or more")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"{where} must be {wanted}, given {shown(value)}")
         if value > MAX_DIMENSION:
-            raise ConfigurationError(f"{where} is {_short(value)}, which is absurd: at most {MAX_DIMENSION}")
+            raise ConfigurationError(f"{where} is {shown(value)}, which is absurd: at most {MAX_DIMENSION}")
         return value
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-            raise ConfigurationError(f"{where} must be a finite number, given {_short(value)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not finite(value):
+            raise ConfigurationError(f"{where} must be a finite number, given {shown(value)}")
         return float(value)
+    assert isinstance(kind, type)
     if not isinstance(value, kind):
         what = "true or false" if kind is bool else "text"
-        raise ConfigurationError(f"{where} must be {what}, given {_short(value)}")
+        raise ConfigurationError(f"{where} must be {what}, given {shown(value)}")
     return value
-
-
-def _divide(left: int | float, right: int | float, floor: bool, where: str) -> int | float:
-    if right == 0:
-        raise ConfigurationError(f"{where} divides by zero")
-    if floor:
-        return left // right
-    if isinstance(left, int) and isinstance(right, int):
-        if left % right:
-            raise ConfigurationError(f"{where} must be a whole number, given {left} / {right}")
-        return left // right
-    return left / right
-
-
-def _finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 200:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

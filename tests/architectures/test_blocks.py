@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from llmc.architectures.blocks import LayerNormBlock, RmsNormBlock
 from llmc.architectures.context import ACTIVATIONS, Context, Initial
+from llmc.architectures.norms import LayerNormBlock, RmsNormBlock
 from llmc.ir.builder import Builder
 from llmc.ir.graph import Graph
 from llmc.ir.op import Value

@@ -52,10 +52,10 @@ def test_frequencies_are_those_of_transformers(case: str, head_dim: int, theta: 
         hidden_size=head_dim * 2, num_attention_heads=2, max_position_embeddings=32768, rope_parameters=dict(keys)
     )
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
-    frequencies, scaling = inverse_frequencies(read({"rope_parameters": keys}), head_dim)
+    frequencies, scaling = inverse_frequencies(read({"rope_parameters": keys}), head_dim, 64)
     assert frequencies.dtype == np.float32
     # Two units in the last place of the frequency before scaling: libraries round a float32 power differently.
-    plain, _ = inverse_frequencies(read({"rope_theta": theta}), head_dim)
+    plain, _ = inverse_frequencies(read({"rope_theta": theta}), head_dim, 64)
     error = np.abs(frequencies - rotary.inv_freq.numpy())
     assert (error <= 2 * np.spacing(plain if "bands" in case else frequencies)).all()
     assert scaling == pytest.approx(rotary.attention_scaling, rel=1e-12)
