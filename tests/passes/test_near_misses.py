@@ -325,3 +325,40 @@ def test_states_that_no_append_wrote() -> None:
     read_pipeline("fuse-append").run(joined(Model(), read="old"), context)
     assert context.counts["join-append"] == 0
     assert "want all from one kv_append" in str(context.refusals["join-append"][0])
+
+
+def taken_apart(b: Model, kind: str) -> Graph:
+    """A joint projection of 2 groups of 4 pieces of width 3, with one thing another way."""
+    x = b.input("x", F32, (b.tokens, 12))
+    y = b.linear(x, b.weight(24, 12), **({"activation": "relu"} if kind == "activation" else {}))
+    shape = (2 * b.tokens, 4, 3) if kind == "rows" else (b.tokens, 2, 4, 3)
+    pieces = b.reshape(y, shape=shape)
+    axis = len(shape) - (1 if kind == "heads" else 2)
+    cuts = {"gap": [(0, 2), (3, 4)], "overlap": [(0, 3), (2, 4)], "heads": [(0, 1), (1, 3)]}.get(kind, [(0, 2), (2, 4)])
+    parts = {f"part{i}": b.slice(pieces, axis=axis, start=i, stop=j) for i, j in cuts}
+    more = {"read": y} if kind == "read" else {"whole": b.exp(pieces)} if kind == "whole" else {}
+    return b.graph({**parts, **more})
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("activation", "has an activation or a residual"),
+        ("rows", "does not keep the rows"),
+        ("gap", "want slices that cover an axis"),
+        ("overlap", "want slices that cover an axis"),
+        ("heads", "parts of heads, as a rotation takes them"),
+        ("read", "is also used by a result of the graph"),
+        ("whole", "want slices along one axis"),
+    ],
+)
+def test_what_is_not_split(kind: str, reason: str) -> None:
+    context = PassContext()
+    graph = taken_apart(Model(), kind)
+    assert read_pipeline("split-linears").run(graph, context) == graph
+    assert reason in str(context.refusals["split-linears"][0])
+
+
+def test_what_is_split_computes_the_same() -> None:
+    after = read_pipeline("split-linears").run(taken_apart(Model(), "right"), observer=NumericsCheck())
+    assert counts(after)["linear"] == 2 and counts(after)["slice"] == 0
