@@ -17,18 +17,20 @@ from llmc.ir.ops.shape import Slice
 from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
 from llmc.passes.base import Pass, PassContext
+from llmc.passes.norm_heads import NormHeadsRule
 
 
 @dataclass(frozen=True)
 class FuseAppend(Pass):
-    """`rope_append` where queries and keys are rotated alike, `qkv_append` of what they are everywhere else."""
+    """`rope_append` where queries and keys are rotated alike, `qkv_append` of what they are everywhere else;
+    `norm_heads` where queries and keys of a joint row are normalised first."""
 
     name = "fuse-append"
     stage = "step"
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         graph = context.rewrite(graph, AppendRule(rotated=True), AppendRule(rotated=False))
-        return context.rewrite(graph, JoinRule())
+        return context.rewrite(context.rewrite(graph, JoinRule()), NormHeadsRule())
 
 
 class AppendRule(Rule):

@@ -36,11 +36,11 @@ COMMON = Pipeline(
         RaiseLinear(),  # products with weights, apart from those of attention
         FuseNorm(),  # norms, then the residual additions before them
         FuseRope(),  # rotations, which stand between projections and attention
-        SplitLinears(),  # heads that a projection interleaves; halves that rotations cut are gone by now
         FuseAttention(),  # what may mix tokens gets a name
         AbsorbLatent(),  # what attention reads, before linears are packed and states are made for it
         FuseMlp(),  # activations and gates go into their linears, before these are packed
         FuseExperts(),  # whose gates have the activations that were just named, and who is chosen by whom
+        SplitLinears(),  # joint projections in groups of heads: their weights are sorted, not their results
         PackLinears(),  # queries, keys and values in one product
         FuseResidual(),  # what is left of additions goes into the linears, which packing leaves as they are now
         ConstantFold(),  # tables in the shapes that fused ops take

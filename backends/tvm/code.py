@@ -40,6 +40,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "rms_norm": norm.rms_norm,
     "add_rms_norm": norm.add_rms_norm,
     "layer_norm": norm.layer_norm,
+    "norm_heads": norm.norm_heads,
     "add_layer_norm": norm.add_layer_norm,
     "linear": linear.linear,
     "gated_linear": linear.gated_linear,

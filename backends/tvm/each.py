@@ -25,6 +25,7 @@ EACH_KINDS = frozenset(
         "rms_norm",
         "add_rms_norm",
         "layer_norm",
+        "norm_heads",
         "add_layer_norm",
         "routing",
         "rotary_table",

@@ -8,6 +8,7 @@ from llmc.backends.base import KernelSpec
 from llmc.backends.tvm.selected import Selected, elements, given, rows_dim
 from llmc.ir.op import Node, Op
 from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Mul, MulScalar, Sigmoid, Tanh
+from llmc.ir.ops.norm import NormHeads
 from llmc.ir.ops.rope import Rope
 from llmc.ir.ops.shape import Concat, Expand, Slice
 from llmc.ir.types import DType, TensorType, symbols_of
@@ -89,6 +90,14 @@ def _rope(op: Op, node: Node) -> Selected | None:
     return Selected(spec, (*node.inputs, *node.results))
 
 
+def _norm_heads(op: Op, node: Node) -> Selected | None:
+    x = node.inputs[0].type
+    if not symbols_of(x.shape[0]) or any(v.type.dtype is not DType.F32 for v in node.inputs):
+        return None
+    spec = KernelSpec.of("norm_heads", rows_dim=rows_dim(x), width=elements(x.shape[1:]), **vars(op))
+    return Selected(spec, (*node.inputs, *node.results))
+
+
 def _add(op: Op, node: Node) -> Selected | None:
     return _elementwise("add", node)
 
@@ -139,6 +148,7 @@ ROWS: Mapping[type[Op], Callable[[Op, Node], Selected | None]] = {
     Slice: _slice,
     Expand: _expand,
     Rope: _rope,
+    NormHeads: _norm_heads,
     Add: _add,
     Mul: _multiply,
     MulScalar: _scale,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llmc.ir.graph import Graph, State
+from llmc.ir.graph import Graph
 from llmc.ir.op import Value
 from llmc.ir.ops.elementwise import Silu
 from llmc.ir.ops.norm import LayerNorm, RmsNorm
 from llmc.ir.ops.rope import Rope
-from llmc.ir.types import DType, symbol
 from llmc.ir.verify import verify
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck
@@ -242,86 +241,3 @@ def test_tables_of_two_factors_keep_them() -> None:
     tables = {"cos": b.mul_scalar(b.cos(angles), value=2.0), "sin": b.mul_scalar(b.sin(angles), value=3.0)}
     after = read_pipeline("fuse-rope").run(b.graph(tables), observer=NumericsCheck())
     assert counts(after) == {"rotary_table": 1, "mul_scalar": 2}
-
-
-def appended(
-    b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: bool = True, other_table: bool = False
-) -> Graph:
-    """A joint projection of 2 query heads, 1 key and 1 value head of width 4, rotated and appended."""
-    t = b.tokens
-    qkv = b.input("qkv", F32, (t, 16))
-    slots = b.input("slots", DType.I32, (t,))
-    cos, sin = (b.input(n, F32, (t, 2)) for n in ("cos", "sin"))
-    q, k, v = (b.slice(qkv, axis=1, start=i, stop=j) for i, j in ((0, queries), (key_start, key_start + 4), (12, 16)))
-    if rotate_queries:
-        q = b.rope(q, sin if other_table else cos, sin, num_heads=queries // 4, head_dim=4, rotary_dim=4)
-    k = b.rope(k, cos, sin, num_heads=1, head_dim=4, rotary_dim=4)
-    blocks = symbol("num_blocks")
-    key = b.state(State("key", "paged_kv", F32, (blocks, 1, 4, 16)))
-    value = b.state(State("value", "paged_kv", F32, (blocks, 1, 16, 4)))
-    key, value = b.kv_append(k, v, slots, key, value, num_kv_heads=1, head_dim=4)
-    return b.graph({"q": q}, {"key": key, "value": value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"other_table": True}, "queries are not rotated as keys are"),
-        ({"rotate_queries": False}, "queries are not rotated as keys are"),
-        ({"key_start": 4}, "do not follow each other in one projection"),
-        ({"queries": 4}, "want one slice of the 8 query columns, found 0"),
-    ],
-)
-def test_appends(changes: dict[str, int], reason: str) -> None:
-    context = PassContext()
-    read_pipeline("fuse-append").run(appended(Model(), **changes), context)  # type: ignore[arg-type]
-    assert context.counts == {"rope-append": 0, "qkv-append": 0, "join-append": 0}
-    assert reason in str(context.refusals["rope-append"][0])
-
-
-def test_an_append_that_is_right_fuses() -> None:
-    context = PassContext()
-    read_pipeline("fuse-append").run(appended(Model()), context)
-    assert context.counts == {"rope-append": 1, "qkv-append": 0, "join-append": 0}
-
-
-def joined(b: Model, *, turned: str = "alike", read: str = "both") -> Graph:
-    """Queries of 2 heads, keys and values of 1 from three projections, appended and read."""
-    t, blocks, sequences = b.tokens, symbol("num_blocks"), symbol("sequences")
-    x = b.embedding(b.token_ids, b.param("embed.weight", F32, (11, 4)), dtype=F32)
-    q, k, v = (b.project(n, x, width) for n, width in (("q", 8), ("k", 4), ("v", 6)))
-    slots = b.input("slot_mapping", DType.I32, (t,))
-    cos, sin = b.table(4)
-    if turned != "not":
-        q = b.rope(q, cos, sin, num_heads=2, head_dim=4, rotary_dim=4)
-        k = b.rope(k, cos, cos if turned == "apart" else sin, num_heads=1, head_dim=4, rotary_dim=4)
-    states = [
-        b.state(State("key", "paged_kv", F32, (blocks, 1, 4, 16))),
-        b.state(State("value", "paged_kv", F32, (blocks, 1, 16, 6))),
-    ]
-    key, value = b.kv_append(k, v, slots, *states, num_kv_heads=1, head_dim=4, value_dim=6)
-    start = b.input("query_start", DType.I32, (sequences + 1,))
-    tables = b.input("block_tables", DType.I32, (sequences, symbol("max_blocks")))
-    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "value_dim": 6}
-    seen = states[1] if read == "old" else value
-    out = b.paged_attention(q, key, seen, b.positions, start, tables, scale=0.5, **heads)
-    return b.graph(
-        {"out": b.gather_rows(out, b.input("logit_rows", DType.I32, (symbol("outputs"),)))},
-        {"key": key, "value": value},
-    )
-
-
-@pytest.mark.parametrize(
-    ("turned", "append", "ropes"), [("alike", "rope_append", 0), ("apart", "qkv_append", 2), ("not", "qkv_append", 0)]
-)
-def test_what_comes_from_three_places_is_joined(turned: str, append: str, ropes: int) -> None:
-    after = read_pipeline("fuse-append").run(joined(Model(), turned=turned), observer=NumericsCheck())
-    found = counts(after)
-    assert (found["concat"], found[append], found["paged_attention"], found["rope"]) == (1, 1, 1, ropes)
-
-
-def test_states_that_no_append_wrote() -> None:
-    context = PassContext()
-    read_pipeline("fuse-append").run(joined(Model(), read="old"), context)
-    assert context.counts["join-append"] == 0
-    assert "want all from one kv_append" in str(context.refusals["join-append"][0])

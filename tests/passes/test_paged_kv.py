@@ -14,7 +14,6 @@ from llmc.ir.graph import Graph, Leaf, State, StateInput
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Value
 from llmc.ir.ops.attention import Attention, PagedAttention
-from llmc.ir.ops.attention import Attention
 from llmc.ir.ops.quantized_experts import QuantizedExperts
 from llmc.ir.types import DType, TensorType, symbol
 from llmc.ir.verify import verify

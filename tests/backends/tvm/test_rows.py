@@ -152,6 +152,29 @@ def test_norms_of_heads(kind: str, width: int) -> None:
     assert same_bits(y.array.reshape(12, width), flat.array)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("queries", "query_width", "keys", "key_width"), [(3, 20, 1, 20), (1, 40, 1, 17)])
+def test_norms_in_a_joint_row(queries: int, query_width: int, keys: int, key_width: int, centred: bool) -> None:
+    """The bits of a norm of each piece; what follows is copied."""
+    rng = np.random.default_rng(0)
+    edge = queries * query_width
+    x = rng.standard_normal((4, edge + keys * key_width + 13)).astype(np.float32)
+    vectors = [rng.standard_normal(w).astype(np.float32) for w in (query_width, key_width) * (1 + centred)]
+    y = Guarded(x.shape, np.float32)
+    sizes = {"queries": queries, "query_width": query_width, "keys": keys, "key_width": key_width, "centred": centred}
+    Kernel(norm.norm_heads, V3, rows_dim=0, width=x.shape[1], eps=1e-5, **sizes)([4], [x, *vectors, y], 3)
+    want = x.copy()
+    for i, (begin, count, width) in enumerate(((0, queries, query_width), (edge, keys, key_width))):
+        columns = slice(begin, begin + count * width)
+        pieces = Guarded((4, count, width), np.float32)
+        kernel = Kernel(
+            norm.layer_norm if centred else norm.rms_norm, V3, rows_dim=0, hidden=width, eps=1e-5, heads=count
+        )
+        kernel([4], [np.ascontiguousarray(x[:, columns]), *vectors[i::2], pieces])
+        want[:, columns] = pieces.array.reshape(4, -1)
+    assert same_bits(y.array, want)
+
+
 @pytest.mark.parametrize("widths", [(3, 40), (8, 16, 1), (20, 7, 24, 9)])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_concat(widths: tuple[int, ...], rows: int) -> None:
