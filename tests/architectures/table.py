@@ -1,0 +1,74 @@
+"""The tables of docs/architectures.md: what blocks there are, and what each family is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.architectures import loader
+from llmc.architectures.blocks import ROLES
+from llmc.architectures.context import Block
+from llmc.architectures.model import Model
+from tests.fixtures import REPOSITORY
+
+PAGE = REPOSITORY / "docs" / "architectures.md"
+FOLDER = Path(loader.__file__).parent
+
+
+def blocks() -> str:
+    """Every kind of block, with its fields and the first sentence of what it says of itself."""
+    rows = ["| role | kind | fields (those in brackets may be left out) | |", "|---|---|---|---|"]
+    for role, base in ROLES.items():
+        for kind, block in sorted(base.kinds.items()):
+            sentence = " ".join((block.__doc__ or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+            rows.append(f"| {role} | `{kind}` | {', '.join(map(_shown, fields(block)))} | {sentence} |")
+    return "\n".join(rows)
+
+
+def family_row(name: str, model_type: str, model: Model, error: str) -> str:
+    """A line of the families' table."""
+    source = loader.descriptions()[model_type].source
+    lines = len((FOLDER / source).read_text(encoding="utf-8").splitlines())
+    kinds = ", ".join(f"`{kind}`" for kind in dict.fromkeys(_kinds(model)))
+    return f"| {name} | `{source}` | {kinds} | {lines} | {error} |"
+
+
+FAMILY_HEAD = "| family | description | blocks | lines | error |\n|---|---|---|---|---|"
+
+
+def section(title: str) -> list[str]:
+    """The lines of a section's table."""
+    text = PAGE.read_text(encoding="utf-8").split(f"## {title}\n", 1)[1].split("\n#", 1)[0]
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def rewrite(title: str, table: str) -> None:
+    """Put a table in a section's place for it."""
+    page = PAGE.read_text(encoding="utf-8")
+    head, rest = page.split(f"## {title}\n", 1)
+    body, mark, tail = rest.partition("\n#")
+    kept = [p for p in body.strip("\n").split("\n\n") if not p.startswith("|")]
+    PAGE.write_text(f"{head}## {title}\n\n" + "\n\n".join([*kept, table]) + "\n" + mark + tail, encoding="utf-8")
+
+
+def rows_by_family() -> Mapping[str, str]:
+    """The families' rows that the page has, by name."""
+    return {line.split("|")[1].strip(): line for line in section("The families")[2:]}
+
+
+def _shown(field: Any) -> str:
+    return field.name if field.default is MISSING else f"[{field.name}]"
+
+
+def _kinds(block: Any) -> Iterator[str]:
+    names = {cls: kind for role in ROLES.values() for kind, cls in role.kinds.items()}
+    if isinstance(block, tuple):
+        for part in block:
+            yield from _kinds(part)
+    if is_dataclass(block) and not isinstance(block, type):
+        if isinstance(block, Block) and names[type(block)] != "none":
+            yield names[type(block)]
+        for field in fields(block):
+            yield from _kinds(getattr(block, field.name))
