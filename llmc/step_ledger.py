@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmc.bench import decode_steps, filled_sequences, open_for
+from llmc.ir.errors import LlmcError
 from llmc.runtime.timings import Profile, ProfileRow
 
 _NUMBER = re.compile(r"\.\d+(?=[.:])")
@@ -94,10 +95,17 @@ class StepLedger:
 def step_ledger(folder: Path, *, steps: int, depth: int, batch: int, repeat: int, threads: int | None) -> StepLedger:
     """Profile decode: `repeat` rounds of `steps` steps without and with the clock, in turns, after `depth` tokens.
 
-    Raises `LlmcError` when the context or the batch is larger than the package's.
+    Raises `LlmcError` when the context or the batch is larger than the package's, or the rounds longer than its layers
+    with a window can be rolled back.
     """
     model = open_for(folder, depth + steps, batch, threads)
-    executor = model.sequence().engine.executor
+    engine = model.sequence().engine
+    executor = engine.executor
+    if steps > engine.max_tokens and any(group.window for group in executor.groups):
+        raise LlmcError(
+            f"{steps} steps cannot be repeated: layers with a sliding window are rolled back by {engine.max_tokens}"
+            " tokens at most; measure so many steps or fewer"
+        )
     tokens = np.random.default_rng(0).integers(0, executor.vocab_size, depth + steps).tolist()
     sequences = filled_sequences(model, tokens[:depth], batch)
 
