@@ -5,39 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llmc.ir.graph import Graph
-from llmc.ir.op import Emitter, Node, Value
-from llmc.ir.ops.elementwise import GreaterEqual, LogicalAnd, Mask, MulScalar
+from llmc.ir.op import ConstantData, Emitter, Node, Value
 from llmc.ir.ops.linear import Matmul
-from llmc.ir.ops.reduce import Softmax
-from llmc.ir.ops.shape import Expand, Reshape, Transpose
+from llmc.ir.ops.reduce import SinkSoftmax, Softmax
+from llmc.ir.ops.shape import Constant, Expand, Reshape, Transpose
 from llmc.ir.pattern import Match, NoMatch
 from llmc.ir.rewrite import Rule
-from llmc.ir.types import Dim, DType, TensorType
+from llmc.ir.types import Dim, DType
+from llmc.passes.attention_mask import Refused, causal_window
+from llmc.passes.attention_scores import Bias, read_scores, unscaled
 from llmc.passes.base import Pass, PassContext
-from llmc.passes.views import reshaped, through_reshapes, through_transposes
-
-_HIDDEN = -1e30
-"""Scores at or below this weigh exactly nothing after a softmax in any of our dtypes."""
+from llmc.passes.position_forms import squeezed
+from llmc.passes.views import reshaped, through_transposes
 
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
-    """`attention`, which needs no [heads, tokens, tokens] scores, and which `paged-kv` can page."""
+    """`attention`, which needs no [heads, tokens, tokens] scores, and which `paged-kv` can page.
+
+    Scores may be scaled anywhere, capped, biased by slopes times distances (ALiBi), and masked by a window besides
+    causality; the softmax may have sinks, and values another width than keys.
+    """
 
     name = "fuse-attention"
     stage = "fused"
 
     def run(self, graph: Graph, context: PassContext) -> Graph:
         return context.rewrite(graph, AttentionRule())
-
-
-class Refused(Exception):
-    """Why a subgraph is no attention; the NoMatch is the argument."""
-
-    def __init__(self, reason: str, node: Node, depth: int) -> None:
-        super().__init__(reason)
-        self.refusal = NoMatch(reason, node, depth)
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,37 @@ class AttentionRule(Rule):
             return refused.refusal
 
     def rewrite(self, b: Emitter, match: Match) -> Any:
-        heads = {n: match.attributes[n] for n in ("num_heads", "num_kv_heads", "head_dim", "scale")}
-        tokens = match["q"].type.shape[0]
-        flat = []
-        for name, count in (("q", heads["num_heads"]), ("k", heads["num_kv_heads"]), ("v", heads["num_kv_heads"])):
-            flat.append(reshaped(b, match[name], (tokens, count * heads["head_dim"])))
-        result = b.attention(*flat, match["positions"], **heads)
-        return reshaped(b, result, match.replaced[0].type.shape)
+        attributes = dict(match.attributes)
+        factor, value_width = attributes.pop("factor"), attributes.pop("value_width")
+        tokens, heads, kv_heads = match["q"].type.shape[0], attributes["num_heads"], attributes["num_kv_heads"]
+        width = attributes["head_dim"]
+        operands = [
+            reshaped(b, match["q"], (tokens, heads * width)),
+            reshaped(b, match["k"], (tokens, kv_heads * width)),
+            reshaped(b, match["v"], (tokens, kv_heads * value_width)),
+            match["positions"],
+        ]
+        if attributes["alibi"]:
+            operands.append(_slopes(b, match.operands.get("slopes"), factor, heads))
+        if attributes["sinks"]:
+            operands.append(_of_heads(b, match["sinks"], heads))
+        return reshaped(b, b.attention(*operands, **attributes), match.replaced[0].type.shape)
+
+
+def _slopes(b: Emitter, slopes: Value | None, factor: float, heads: int) -> Value:
+    """Slopes f32 [heads], times a factor; without any the factor is the slope of every head."""
+    if slopes is None:
+        return b.one(Constant(DType.F32, ConstantData(np.full(heads, factor, np.float32))))
+    vector = _of_heads(b, slopes, heads)
+    result: Value = vector if factor == 1.0 else b.mul_scalar(vector, value=factor)
+    return result
+
+
+def _of_heads(b: Emitter, value: Value, heads: int) -> Value:
+    """A number for each head as f32 [heads]."""
+    vector = reshaped(b, value, (heads,))
+    result: Value = vector if vector.type.dtype is DType.F32 else b.cast(vector, dtype=DType.F32)
+    return result
 
 
 def _match(root: Node) -> Match:
@@ -76,64 +97,81 @@ def _match(root: Node) -> Match:
     if not isinstance(mixed.op, Matmul) or root.op != Transpose((1, 0, 2)):
         raise Refused("no product of weights and values whose heads are put beside each other", root, 0)
     weights, values = mixed.node.inputs
-    if not isinstance(weights.op, Softmax):
+    nodes = {root, mixed.node}
+    while isinstance(weights.op, Reshape) and squeezed(weights.type.shape) == squeezed(_operand(weights).type.shape):
+        nodes.add(weights.node)
+        weights = _operand(weights)
+    if not isinstance(weights.op, Softmax | SinkSoftmax):
         raise Refused(f"want softmax, found {weights.op.name}", weights.node, 1)
-    (masked,) = weights.node.inputs
-    if not isinstance(masked.op, Mask):
-        raise Refused(f"the scores are not masked (found {masked.op.name}): this is not causal", masked.node, 2)
-    if masked.op.value > _HIDDEN:
-        raise Refused(f"masked scores become {masked.op.value}, want -inf", masked.node, 3)
-    scores, visible = masked.node.inputs
-    positions = _causal_positions(visible)
-    nodes = {root, mixed.node, weights.node, masked.node}
-    scale = 1.0
-    while isinstance(scores.op, MulScalar):
-        scale *= scores.op.value
-        nodes.add(scores.node)
-        (scores,) = scores.node.inputs
-    if not isinstance(scores.op, Matmul):
-        raise Refused(f"want the product of queries and keys, found {scores.op.name}", scores.node, 4)
-    nodes.add(scores.node)
-    left, right = scores.node.inputs
+    scores = read_scores(weights.node.inputs[0])
+    nodes |= {weights.node, *scores.nodes}
+    left, right = scores.product.node.inputs
     left, left_scale = _unscaled(left)
     right, right_scale = _unscaled(right)
     q, k, v = _heads(left), _keys(right), _heads(values)
-    _check_heads(q, k, v, positions, scores.node)
+    _check_heads(q, k, v, scores.product.node)
+    positions, window = causal_window(scores.conditions, q.value.type.shape[0])
+    operands = {"q": q.value, "k": k.value, "v": v.value, "positions": positions}
+    sinks = isinstance(weights.op, SinkSoftmax)
+    if sinks:
+        operands["sinks"] = _sinks(weights, q.count)
+    factor = 0.0
+    if scores.biases:
+        slopes, factor = _alibi(scores.biases, positions, q.count, sinks)
+        operands |= {} if slopes is None else {"slopes": slopes}
     attributes = {
         "num_heads": q.count,
         "num_kv_heads": k.count,
         "head_dim": q.width,
-        "scale": scale * left_scale * right_scale,
+        "scale": scores.scale * left_scale * right_scale,
+        "window": window,
+        "soft_cap": scores.soft_cap,
+        "alibi": bool(scores.biases),
+        "sinks": sinks,
+        "value_dim": 0 if v.width == k.width else v.width,
+        "value_width": v.width,
+        "factor": factor,
     }
-    operands = {"q": q.value, "k": k.value, "v": v.value, "positions": positions}
     return Match(root, operands, attributes, frozenset(nodes), root.results)
+
+
+def _operand(value: Value) -> Value:
+    return value.node.inputs[0]
+
+
+def _sinks(weights: Value, heads: int) -> Value:
+    """The sinks behind the axes that broadcast over tokens."""
+    sink = weights.node.inputs[1]
+    if squeezed(sink.type.shape) != squeezed((heads,)) or sink.type.shape[-2:] != (1, 1):
+        raise Refused(f"sinks are {sink.type}, want one for each of {heads} heads", weights.node, 2)
+    return sink
+
+
+def _alibi(biases: list[Bias], positions: Value, heads: int, sinks: bool) -> tuple[Value | None, float]:
+    """The slopes, and their factor. What a bias adds to all scores of a query is nothing to a softmax, but to sinks.
+
+    Slopes times (key - query) and slopes times key are then the same.
+    """
+    bias = biases[0]
+    if len(biases) > 1:
+        raise Refused("two biases are added to the scores, want one", biases[1].node, 5)
+    if bias.slopes is not None and squeezed(bias.slopes.type.shape) != squeezed((heads,)):
+        raise Refused(f"slopes are {bias.slopes.type}, want one for each of {heads} heads", bias.node, 5)
+    by_key, by_query = bias.form.along(0), bias.form.along(1)
+    if set(by_key) != {positions} or not set(by_query) <= {positions} or len(bias.form.terms) > 2:
+        raise Refused("the bias is no slope times the positions of keys", bias.node, 5)
+    factor = by_key[positions]
+    if sinks and (by_query.get(positions) != -factor or bias.form.constant):
+        raise Refused("beside sinks a bias must be slope times (key - query)", bias.node, 5)
+    return bias.slopes, factor
 
 
 def _unscaled(value: Value) -> tuple[Value, float]:
     scale = 1.0
-    while isinstance(value.op, MulScalar):
-        scale *= value.op.value
-        (value,) = value.node.inputs
+    while (scaled := unscaled(value)) is not None:
+        value, factor = scaled
+        scale *= factor
     return value, scale
-
-
-def _causal_positions(visible: Value) -> Value:
-    """The i32 [t] of which the mask compares a column with a row."""
-    base = through_reshapes(visible)
-    if isinstance(base.op, LogicalAnd):
-        raise Refused("the mask has a second condition beside causality (a window?)", base.node, 4)
-    if not isinstance(base.op, GreaterEqual):
-        raise Refused(f"the mask is no comparison of positions (found {base.op.name})", base.node, 4)
-    column, row = base.node.inputs
-    positions = through_reshapes(column)
-    if positions.type.rank != 1 or positions != through_reshapes(row):
-        raise Refused("the mask does not compare one vector of positions with itself", base.node, 4)
-    (tokens,) = positions.type.shape
-    if column.type.shape[-2:] != (tokens, 1) or row.type.shape[-1:] != (tokens,):
-        raise Refused("the mask is not causal: tokens would see those after them", base.node, 5)
-    if positions.type != TensorType(DType.I32, (tokens,)):
-        raise Refused(f"positions are {positions.type}, want i32", base.node, 5)
-    return positions
 
 
 def _heads(value: Value) -> Heads:
@@ -180,10 +218,9 @@ def _ungrouped(value: Value, axis: int) -> tuple[Value, int]:
     return reshaped(Emitter(), expand.inputs[0], shape), group
 
 
-def _check_heads(q: Heads, k: Heads, v: Heads, positions: Value, node: Node) -> None:
-    if (k.count, k.width) != (v.count, v.width) or q.count % k.count or q.width != k.width:
+def _check_heads(q: Heads, k: Heads, v: Heads, node: Node) -> None:
+    if k.count != v.count or q.count % k.count or q.width != k.width:
         found = ", ".join(f"{n} [{h.count}, {h.width}]" for n, h in (("q", q), ("k", k), ("v", v)))
         raise Refused(f"heads that do not go together: {found}", node, 8)
-    tokens = {h.value.type.shape[0] for h in (q, k, v)} | {positions.type.shape[0]}
-    if len(tokens) > 1:
-        raise Refused("queries, keys and positions of different lengths (cross-attention?)", node, 8)
+    if len({h.value.type.shape[0] for h in (q, k, v)}) > 1:
+        raise Refused("queries and keys of different lengths (cross-attention?)", node, 8)

@@ -9,7 +9,8 @@ import numpy as np
 from llmc.ir.errors import LlmcError
 from llmc.ir.graph import Graph, Input, LayerGroup, State, StateInput, layer_groups, substitute_attributes
 from llmc.ir.op import Emitter, Node, Value
-from llmc.ir.ops.attention import Attention
+from llmc.ir.ops.attention import Attention, PagedAttention
+from llmc.ir.ops.cache import KvAppend
 from llmc.ir.types import Dim, DType, Linear, Sym, TensorType, symbol
 from llmc.passes.base import Pass, PassContext, Trial
 from llmc.passes.token_axes import token_axes
@@ -141,7 +142,7 @@ class _Paging:
         op = node.op
         if not isinstance(op, Attention):
             return node.results if inputs == node.inputs else b.make(op, inputs).results
-        q, k, v, positions = inputs
+        q, k, v, positions, *per_head = inputs
         if positions != self.positions:
             raise LlmcError(f"{node!r} has positions of its own; a step has one vector of positions")
         group = next(group for group in self.groups if group.window == op.window)
@@ -151,26 +152,16 @@ class _Paging:
         kv, scaled = self.options.dtype, self.options.dtype is DType.I8
         states = [
             self._state(group, f"{place}.key", kv, (blocks, op.num_kv_heads, op.head_dim, size)),
-            self._state(group, f"{place}.value", kv, (blocks, op.num_kv_heads, size, op.head_dim)),
+            self._state(group, f"{place}.value", kv, (blocks, op.num_kv_heads, size, op.value_width)),
         ]
         if scaled:
             scales = (blocks, op.num_kv_heads, size)
             states += [self._state(group, f"{place}.{of}_scale", DType.F32, scales) for of in ("key", "value")]
-        append = {"num_kv_heads": op.num_kv_heads, "head_dim": op.head_dim, "scaled": scaled}
-        caches = b.kv_append(k, v, slots, *states, **append)
+        append = KvAppend(op.num_kv_heads, op.head_dim, scaled, op.value_dim)
+        caches = b(append, k, v, slots, *states)
         self.states.update(zip(states, caches, strict=True))
-        result: Value = b.paged_attention(
-            q,
-            *caches,
-            positions,
-            self.query_start,
-            tables,
-            num_heads=op.num_heads,
-            scale=op.scale,
-            window=op.window,
-            **append,
-        )
-        return (result,)
+        paged = PagedAttention(**vars(op), scaled=scaled)
+        return (b.one(paged, q, *caches, positions, self.query_start, tables, *per_head),)
 
     def _state(self, group: LayerGroup, name: str, dtype: DType, shape: tuple[Dim, ...]) -> Value:
         state = State(name, "paged_kv", dtype, shape, group.name)

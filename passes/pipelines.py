@@ -18,6 +18,7 @@ from llmc.passes.plan_memory import PlanMemory
 from llmc.passes.quantize import Quantize
 from llmc.passes.raise_linear import RaiseLinear
 from llmc.passes.specialize import Specialize
+from llmc.passes.split_linears import SplitLinears
 
 COMMON = Pipeline(
     (
@@ -28,6 +29,7 @@ COMMON = Pipeline(
         FuseRope(),  # rotations, which stand between projections and attention
         FuseAttention(),  # what may mix tokens gets a name
         FuseMlp(),  # activations and gates go into their linears, before these are packed
+        SplitLinears(),  # joint projections in groups of heads: their weights are sorted, not their results
         PackLinears(),  # queries, keys and values in one product
         FuseResidual(),  # what is left of additions goes into the linears, which packing leaves as they are now
         ConstantFold(),  # tables in the shapes that fused ops take

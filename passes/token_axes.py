@@ -11,7 +11,7 @@ from llmc.ir.op import Hole, Node, Op, Value, topological
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import Matmul
 from llmc.ir.ops.quantized import DequantizeRows, DequantizeWeight, QuantizeRows
-from llmc.ir.ops.reduce import Argmax, Reduction, Softmax
+from llmc.ir.ops.reduce import Argmax, Reduction, SinkSoftmax, Softmax
 from llmc.ir.ops.rope import DynamicFrequencies
 from llmc.ir.ops.shape import Concat, Expand, Reshape, Slice, Transpose
 from llmc.ir.types import Dim, product
@@ -146,6 +146,7 @@ _RULES: tuple[tuple[type[Op], Callable[[Node, Sequence[Axis], Dim], Axis]], ...]
     (DynamicFrequencies, _first),
     (Reduction, _not_last),
     (Softmax, _not_last),
+    (SinkSoftmax, _not_last),
     (Argmax, _not_last),
     (Matmul, _matmul),
     (QuantizeRows, _not_last),

@@ -23,6 +23,7 @@ from llmc.backends.triton.ops import (
 )
 from llmc.backends.triton.packing_ops import OrderRows
 from llmc.backends.triton.select import has_kernel
+from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph, Input
 from llmc.ir.op import Emitter, Node, Value, as_tuple
 from llmc.ir.ops.attention import PagedAttention
@@ -33,6 +34,7 @@ from llmc.ir.ops.norm import LayerNorm, RmsNorm
 from llmc.ir.ops.quantized import DequantizeWeight, QuantizedEmbedding
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
+from llmc.ir.ops.shape import Reshape
 from llmc.ir.types import DType, TensorType
 
 _PRODUCTS = (Linear, GatedLinear)
@@ -98,8 +100,12 @@ class _Lowering(Lowering):
         op = node.op
         if isinstance(op, Linear | GatedLinear):
             return self._product(b, node, op, inputs)
+        if isinstance(op, RopeAppend | QkvAppend | PagedAttention):
+            _expects_kernel(b, op)
         if isinstance(op, RopeAppend | QkvAppend):
             return self._append(b, node, op, inputs)
+        if isinstance(op, Reshape):  # the same memory
+            return b.make(op, inputs).results
         if isinstance(op, RmsNorm | LayerNorm):
             x, *vectors = inputs
             norm = RoundedNorm(op.eps, self._dtype(node), isinstance(op, LayerNorm))
@@ -211,6 +217,13 @@ class _Lowering(Lowering):
 def _enters_product(node: Node, operand: int) -> bool:
     """Whether a node reads an operand only to multiply it with matrices."""
     return operand == 0 and isinstance(node.op, (*_PRODUCTS, PagedAttention))
+
+
+def _expects_kernel(b: Emitter, op: RopeAppend | QkvAppend | PagedAttention) -> None:
+    """Raise `NoKernel` for attributes that no kernel has."""
+    named = [f"{name}={value}" for name in ("alibi", "value_dim") if (value := getattr(op, name, 0))]
+    if named:
+        raise NoKernel(f"no GPU kernel for {op.name} with {', '.join(named)} at {b.loc or 'no place'}")
 
 
 def _plain(op: BlockLinear) -> bool:

@@ -14,6 +14,7 @@ from llmc.backends.tvm.isa import ISAS, Isa
 from llmc.backends.tvm.kernels import (
     attention,
     cache,
+    columns,
     decode,
     elementwise,
     embedding,
@@ -36,6 +37,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "rms_norm": norm.rms_norm,
     "add_rms_norm": norm.add_rms_norm,
     "layer_norm": norm.layer_norm,
+    "norm_heads": norm.norm_heads,
     "add_layer_norm": norm.add_layer_norm,
     "linear": linear.linear,
     "gated_linear": linear.gated_linear,
@@ -52,6 +54,10 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "multiply": elementwise.multiply,
     "scale": elementwise.scale,
     "unary": elementwise.unary,
+    "concat": columns.concat,
+    "columns": columns.columns,
+    "repeat": columns.repeat,
+    "rope": columns.rope,
 }
 
 

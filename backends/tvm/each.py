@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from llmc.backends.base import Launch
-from llmc.backends.tvm.select import Selected
+from llmc.backends.tvm.selected import Selected
 from llmc.ir.graph import StateInput
 from llmc.ir.op import Value
 from llmc.passes.plan_memory import MemoryPlan, allocate, largest_bytes, storage
@@ -25,6 +25,7 @@ EACH_KINDS = frozenset(
         "rms_norm",
         "add_rms_norm",
         "layer_norm",
+        "norm_heads",
         "add_layer_norm",
         "rotary_table",
         "dynamic_rotary_table",

@@ -21,16 +21,17 @@ from llmc.ir.ops.attention import PagedAttention
 from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear
-from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
+from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, NormHeads, RmsNorm
 from llmc.ir.ops.quantized import QuantizedEmbedding, QuantizedGatedLinear, QuantizedLinear
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
+from llmc.ir.ops.shape import Reshape
 from llmc.ir.pattern import Match
 from llmc.ir.quant import INTEGER_FORMATS
 from llmc.ir.rewrite import Fuse, rewrite
 from llmc.ir.types import DType
 
-_NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2}
+_NORM_PARAMETERS = {RmsNorm: 1, AddRmsNorm: 2, LayerNorm: 1, AddLayerNorm: 2, NormHeads: 1}
 """Where a norm's weights begin among its operands."""
 
 _INTEGERS = ", ".join(INTEGER_FORMATS)
@@ -108,6 +109,8 @@ class _Lowering(Lowering):
                 return attention
         if isinstance(op, RotaryTable) and isinstance(inputs[1].op, DynamicFrequencies):
             return dynamic_table(b, op, inputs[1].op, inputs[0])
+        if isinstance(op, Reshape):  # the same memory
+            return b.make(op, inputs).results
         if type(op) in _NORM_PARAMETERS:
             first = _NORM_PARAMETERS[type(op)]
             inputs = (*inputs[:first], *_floats(b, inputs[first:]))

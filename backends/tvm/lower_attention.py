@@ -24,19 +24,15 @@ def lower_append(b: Emitter, op: RopeAppend | QkvAppend, inputs: tuple[Value, ..
     rotation: dict[str, Any] = {"rotary_dim": 0, "layout": "half"}
     if isinstance(op, RopeAppend):
         rotation = {"rotary_dim": op.rotary_dim, "layout": op.layout}
-    append = AppendKeys(op.num_heads, op.num_kv_heads, op.head_dim, **rotation, scaled=op.scaled)
+    append = AppendKeys(
+        op.num_heads, op.num_kv_heads, op.head_dim, **rotation, scaled=op.scaled, value_dim=op.value_dim
+    )
     q = queries(b, op.num_heads, op.head_dim, rotation, *inputs[: append.leading])
     return q, *b(append, *inputs)
 
 
 def lower_attention(b: Emitter, op: PagedAttention, inputs: tuple[Value, ...], longest: int) -> Value | None:
-    """`rotated_attention` where the queries come from `lower_append`, else None. Raises `NoKernel` for an attribute
-    that no CPU kernel has."""
-    names = ("window", "soft_cap", "alibi", "sinks", "value_dim")
-    given = {name: getattr(op, name) for name in names if getattr(op, name)}
-    if given:
-        named = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise NoKernel(f"no CPU kernel for {op.name} with {named} at {b.loc or 'no place'}")
+    """`rotated_attention` where the queries come from `lower_append`, else None."""
     q, *rest = inputs
     rotation: dict[str, Any] = {"rotary_dim": 0, "layout": "half"}
     tables: tuple[Value, ...] = ()
@@ -46,15 +42,7 @@ def lower_attention(b: Emitter, op: PagedAttention, inputs: tuple[Value, ...], l
         tables = tuple(tables_)
     if not isinstance(q.op, Slice):
         return None
-    rotated = RotatedAttention(
-        op.num_heads,
-        op.num_kv_heads,
-        op.head_dim,
-        **rotation,
-        scaled=op.scaled,
-        scale=op.scale,
-        split=split_length(longest),
-    )
+    rotated = RotatedAttention(**vars(op), **rotation, split=split_length(longest))
     return b.one(rotated, q.node.inputs[0], *tables, *rest)
 
 
@@ -78,21 +66,22 @@ def one_token_each(graph: Graph, longest: int) -> Graph:
                 (reader,) = readers
                 attention = reader.op
                 assert isinstance(attention, RotatedAttention)
-                positions, _, block_tables = reader.inputs[-3:]
+                positions, _, block_tables, *per_head = reader.inputs[attention.leading + attention.states :]
                 split = SplitAttention(
                     **op.heads,
                     **op.rotation,
-                    scale=attention.scale,
+                    **attention.of_scores,
                     split=attention.split,
                     splits=-(-longest // attention.split),
                 )
-                partial, *states = b(split, *inputs, positions, block_tables)
+                partial, *states = b(split, *inputs, positions, block_tables, *per_head[: attention.alibi])
                 partials[reader.results[0]] = partial
                 return tuple(states)
         if node.results[0] in partials:
             assert isinstance(op, RotatedAttention)
-            combine = CombineSplits(op.num_heads, op.head_dim, op.split)
-            return (b.one(combine, partials[node.results[0]], node.inputs[-3]),)
+            positions, _, _, *per_head = node.inputs[op.leading + op.states :]
+            combine = CombineSplits(op.num_heads, op.value_width, op.split, op.window, op.sinks)
+            return (b.one(combine, partials[node.results[0]], positions, *per_head[op.alibi :]),)
         return node.results if inputs == node.inputs else b.make(op, inputs).results
 
     return graph.map(emit)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmc.backends.base import SYMBOLS, KernelSpec
 from llmc.backends.dynamic_rotary import DynamicRotaryTable
 from llmc.backends.tvm.attention_ops import AppendKeys, CombineSplits, RotatedAttention, SplitAttention
 from llmc.backends.tvm.ops import PackedEmbedding, PackedGatedLinear, PackedLinear
+from llmc.backends.tvm.select_rows import ROWS
+from llmc.backends.tvm.selected import Selected, elements, given, rows_dim, width_of
 from llmc.backends.tvm.tile_fusions import (
     AddLayerNormTiles,
     AddRmsNormTiles,
@@ -21,7 +22,6 @@ from llmc.backends.tvm.tile_fusions import (
 )
 from llmc.backends.tvm.tiled_ops import BestOfPanels, QuantizeTiles, TiledEmbedding, TiledGatedLinear, TiledLinear
 from llmc.ir.op import Node, Op, Value
-from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Mul, MulScalar
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
 from llmc.ir.ops.reduce import Argmax
@@ -31,14 +31,6 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.types import DType, TensorType, symbols_of
 
 _OpT = TypeVar("_OpT", bound=Op)
-
-
-@dataclass(frozen=True)
-class Selected:
-    """A kernel and the values it is given, in the order of its C arguments."""
-
-    spec: KernelSpec
-    arguments: tuple[Value, ...]
 
 
 _TABLE: dict[type[Op], Callable[[Op, Node], Selected | None]] = {}
@@ -71,19 +63,6 @@ def _kernel(
     return register
 
 
-def _rows(type: TensorType) -> int:
-    """Which entry of `dims` counts the rows of a [rows, width] value."""
-    names = {s.name for s in symbols_of(type.shape[0])}
-    assert len(names) == 1, f"rows of {type} are not one symbol"
-    return SYMBOLS.index(names.pop())
-
-
-def _width(type: TensorType) -> int:
-    width = type.shape[-1]
-    assert isinstance(width, int)
-    return width
-
-
 def _sizes(type: TensorType) -> tuple[int, ...]:
     return type.concrete({})
 
@@ -101,7 +80,7 @@ def _embedding(op: Embedding, node: Node) -> Selected | None:
 @_kernel(PackedEmbedding)
 def _packed_embedding(op: PackedEmbedding, node: Node) -> Selected:
     ids, panels = node.inputs
-    hidden = _width(node.types[0])
+    hidden = width_of(node.types[0])
     spec = KernelSpec.of("packed_embedding", vocab=op.rows, hidden=hidden, weight_dtype=panels.type.dtype.value)
     return Selected(spec, (ids, panels, *node.results))
 
@@ -148,9 +127,13 @@ def _add_layer_norm_tiles(op: AddLayerNormTiles, node: Node) -> Selected | None:
 
 def _norm(kind: str, eps: float, node: Node, **tiles: bool) -> Selected | None:
     x = node.inputs[0].type
-    if x.rank != 2 or any(v.type.dtype is not DType.F32 for v in node.inputs):
+    if not symbols_of(x.shape[0]) or any(v.type.dtype is not DType.F32 for v in node.inputs):
         return None
-    spec = KernelSpec.of(kind, rows_dim=_rows(x), hidden=_width(x), eps=eps, **tiles)
+    heads = elements(x.shape[1:-1])
+    if heads != 1 and len(node.types) > 1:
+        return None  # additions before norms are of whole rows
+    many = given(heads=heads if heads > 1 else 0)
+    spec = KernelSpec.of(kind, rows_dim=rows_dim(x), hidden=width_of(x), eps=eps, **tiles, **many)
     return Selected(spec, (*node.inputs, *node.results))
 
 
@@ -159,7 +142,9 @@ def _quantize_tiles(op: QuantizeTiles, node: Node) -> Selected | None:
     x = node.inputs[0].type
     if x.dtype is not DType.F32:
         return None
-    return Selected(KernelSpec.of("quantize_tiles", rows_dim=_rows(x), width=_width(x)), (*node.inputs, *node.results))
+    return Selected(
+        KernelSpec.of("quantize_tiles", rows_dim=rows_dim(x), width=width_of(x)), (*node.inputs, *node.results)
+    )
 
 
 @_kernel(TiledLinear)
@@ -179,7 +164,9 @@ def _tiled_linear_keys(op: TiledLinearKeys, node: Node) -> Selected:
 
 @_kernel(BestOfPanels)
 def _best_of_panels(op: BestOfPanels, node: Node) -> Selected:
-    return Selected(KernelSpec.of("best_of_panels", panels=_width(node.inputs[0].type)), (*node.inputs, *node.results))
+    return Selected(
+        KernelSpec.of("best_of_panels", panels=width_of(node.inputs[0].type)), (*node.inputs, *node.results)
+    )
 
 
 @_kernel(TiledGatedLinear)
@@ -196,7 +183,7 @@ def _tiled(kind: str, op: Any, node: Node, **parameters: bool | str) -> Selected
     rows = node.inputs[1].type  # scales [groups, m]
     spec = KernelSpec.of(
         kind,
-        rows_dim=_rows(TensorType(rows.dtype, rows.shape[1:])),
+        rows_dim=rows_dim(TensorType(rows.dtype, rows.shape[1:])),
         n=op.rows,
         k=op.width,
         bits=FORMATS[op.format].bits,
@@ -216,9 +203,9 @@ def _linear(op: PackedLinear, node: Node) -> Selected:
     x, panels = node.inputs[:2]
     spec = KernelSpec.of(
         "linear",
-        rows_dim=_rows(x.type),
+        rows_dim=rows_dim(x.type),
         n=op.rows,
-        k=_width(x.type),
+        k=width_of(x.type),
         weight_dtype=panels.type.dtype.value,
         bias=op.bias,
         epilogue=op.activation,
@@ -232,9 +219,9 @@ def _gated_linear(op: PackedGatedLinear, node: Node) -> Selected:
     x, panels = node.inputs
     spec = KernelSpec.of(
         "gated_linear",
-        rows_dim=_rows(x.type),
+        rows_dim=rows_dim(x.type),
         n=op.rows,
-        k=_width(x.type),
+        k=width_of(x.type),
         weight_dtype=panels.type.dtype.value,
         activation=op.activation,
     )
@@ -244,7 +231,7 @@ def _gated_linear(op: PackedGatedLinear, node: Node) -> Selected:
 @_kernel(RotaryTable)
 def _rotary_table(op: RotaryTable, node: Node) -> Selected | None:
     positions, frequencies = node.inputs
-    width = 2 * _width(frequencies.type)
+    width = 2 * width_of(frequencies.type)
     if frequencies.type.rank != 1:
         return None
     spec = KernelSpec.of("rotary_table", rot_dim=width, attention_scaling=op.scaling)
@@ -271,13 +258,13 @@ def _append(op: AppendKeys, node: Node) -> Selected:
 
 @_kernel(RotatedAttention)
 def _rotated_attention(op: RotatedAttention, node: Node) -> Selected:
-    spec = _attention("attention", op, node, op.leading, scale=op.scale, split=op.split)
+    spec = _attention("attention", op, node, op.leading, **_of_scores(op), split=op.split, **given(sinks=op.sinks))
     return Selected(spec, (*node.inputs, *node.results))
 
 
 @_kernel(SplitAttention)
 def _split_attention(op: SplitAttention, node: Node) -> Selected:
-    spec = _attention("split_attention", op, node, op.leading + 1, scale=op.scale, split=op.split, splits=op.splits)
+    spec = _attention("split_attention", op, node, op.leading + 1, **_of_scores(op), split=op.split, splits=op.splits)
     return Selected(spec, (*node.inputs, node.results[0]))
 
 
@@ -285,12 +272,13 @@ def _split_attention(op: SplitAttention, node: Node) -> Selected:
 def _combine_splits(op: CombineSplits, node: Node) -> Selected:
     splits = node.inputs[0].type.shape[1]
     assert isinstance(splits, int)
-    spec = KernelSpec.of("combine_splits", q_heads=op.num_heads, head_dim=op.head_dim, split=op.split, splits=splits)
+    sizes = {"q_heads": op.num_heads, "head_dim": op.value_width, "split": op.split, "splits": splits}
+    spec = KernelSpec.of("combine_splits", **sizes, **given(window=op.window, sinks=op.sinks))
     return Selected(spec, (*node.inputs, *node.results))
 
 
 def _attention(
-    kind: str, op: AppendKeys | RotatedAttention | SplitAttention, node: Node, key: int, **parameters: float
+    kind: str, op: AppendKeys | RotatedAttention | SplitAttention, node: Node, key: int, **parameters: Any
 ) -> KernelSpec:
     """`key`: which operand the state of keys is."""
     return KernelSpec.of(
@@ -301,8 +289,13 @@ def _attention(
         rot_dim=op.rotary_dim,
         layout=op.layout,
         kv_dtype=node.inputs[key].type.dtype.value,
+        **given(value_dim=op.value_dim),
         **parameters,
     )
+
+
+def _of_scores(op: RotatedAttention | SplitAttention) -> dict[str, Any]:
+    return {"scale": op.scale, **given(window=op.window, soft_cap=op.soft_cap, alibi=op.alibi)}
 
 
 @_kernel(GatherRows)
@@ -310,46 +303,15 @@ def _gather_rows(op: GatherRows, node: Node) -> Selected | None:
     x, rows = node.inputs
     if x.type.rank != 2 or x.type.dtype is not DType.F32:
         return None
-    return Selected(KernelSpec.of("gather_rows", width=_width(x.type)), (x, rows, *node.results))
+    return Selected(KernelSpec.of("gather_rows", width=width_of(x.type)), (x, rows, *node.results))
 
 
 @_kernel(Argmax)
 def _argmax(op: Argmax, node: Node) -> Selected | None:
     (x,) = node.inputs
-    if x.type.rank != 2 or x.type.dtype is not DType.F32 or _rows(x.type) != SYMBOLS.index("outputs"):
+    if x.type.rank != 2 or x.type.dtype is not DType.F32 or rows_dim(x.type) != SYMBOLS.index("outputs"):
         return None
-    return Selected(KernelSpec.of("argmax", n=_width(x.type)), (x, *node.results))
+    return Selected(KernelSpec.of("argmax", n=width_of(x.type)), (x, *node.results))
 
 
-@_kernel(Add)
-def _add(op: Add, node: Node) -> Selected | None:
-    return _elementwise("add", node)
-
-
-@_kernel(Mul)
-def _multiply(op: Mul, node: Node) -> Selected | None:
-    return _elementwise("multiply", node)
-
-
-@_kernel(MulScalar)
-def _scale(op: MulScalar, node: Node) -> Selected | None:
-    return _elementwise("scale", node, factor=op.value)
-
-
-def _activation(name: str) -> Callable[[Op, Node], Selected | None]:
-    return lambda op, node: _elementwise("unary", node, activation=name)
-
-
-for _name, _kind in ACTIVATIONS.items():
-    _TABLE[_kind] = _activation(_name)
-
-
-def _elementwise(kind: str, node: Node, **parameters: float | str) -> Selected | None:
-    """Rows of one shape, float32: what broadcasts has no kernel."""
-    type = node.types[0]
-    if type.rank != 2 or type.dtype is not DType.F32 or any(v.type != type for v in node.inputs):
-        return None
-    if not symbols_of(type.shape[0]):
-        return None
-    spec = KernelSpec.of(kind, rows_dim=_rows(type), width=_width(type), **parameters)
-    return Selected(spec, (*node.inputs, *node.results))
+_TABLE |= ROWS

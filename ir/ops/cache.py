@@ -126,14 +126,15 @@ def scale_bytes(slots: int, scales: Sequence[TensorType]) -> int:
 class QkvAppend(Op):
     """Splits the joint projection, appends its keys and values, returns the queries.
 
-    Operands: qkv [tokens, (num_heads + 2 · num_kv_heads) · head_dim], slot_mapping, key and value states;
-    results: q [tokens, num_heads · head_dim], the new states. `scaled` as in `KvAppend`.
+    Operands: qkv [tokens, (num_heads + num_kv_heads) · head_dim + num_kv_heads · value_width], slot_mapping, key and
+    value states; results: q [tokens, num_heads · head_dim], the new states. `scaled` and `value_dim` as in `KvAppend`.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scaled: bool = False
+    value_dim: int = 0
 
     stage = "step"
 
@@ -150,17 +151,18 @@ class QkvAppend(Op):
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
         self.expects(len(values) == 1 + self.result_count, "qkv, slot_mapping and the states")
         qkv, slots, *states = values
-        q, k, v = _split(b, qkv, self.num_heads, self.num_kv_heads, self.head_dim)
-        append = KvAppend(self.num_kv_heads, self.head_dim, self.scaled)
+        q, k, v = _split(b, qkv, self)
+        append = KvAppend(self.num_kv_heads, self.head_dim, self.scaled, self.value_dim)
         return q, *b(append, k, v, slots, *states)
 
     def cost(self, *types: TensorType) -> Cost:
-        return _append_cost(types[0], types[1], types[2:], self.num_heads, self.num_kv_heads, self.head_dim)
+        return _append_cost(self, types[0], types[1], types[2:])
 
 
 @dataclass(frozen=True)
 class RopeAppend(Op):
-    """`QkvAppend` with queries and keys rotated first (attributes and tables as in `Rope`); `scaled` as there.
+    """`QkvAppend` with queries and keys rotated first (attributes and tables as in `Rope`); `scaled` and `value_dim` as
+    there.
 
     Operands: qkv, cos, sin, slot_mapping, key and value states; results: q, the new states.
     """
@@ -171,6 +173,7 @@ class RopeAppend(Op):
     rotary_dim: int
     layout: str = "half"
     scaled: bool = False
+    value_dim: int = 0
 
     stage = "step"
 
@@ -187,30 +190,40 @@ class RopeAppend(Op):
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
         self.expects(len(values) == 3 + self.result_count, "qkv, cos, sin, slot_mapping and the states")
         qkv, cos, sin, slots, *states = values
-        q, k, v = _split(b, qkv, self.num_heads, self.num_kv_heads, self.head_dim)
+        q, k, v = _split(b, qkv, self)
         rope = {"head_dim": self.head_dim, "rotary_dim": self.rotary_dim, "layout": self.layout}
         q = b.rope(q, cos, sin, num_heads=self.num_heads, **rope)
         k = b.rope(k, cos, sin, num_heads=self.num_kv_heads, **rope)
-        append = KvAppend(self.num_kv_heads, self.head_dim, self.scaled)
+        append = KvAppend(self.num_kv_heads, self.head_dim, self.scaled, self.value_dim)
         return q, *b(append, k, v, slots, *states)
 
     def cost(self, *types: TensorType) -> Cost:
-        plain = _append_cost(types[0], types[3], types[4:], self.num_heads, self.num_kv_heads, self.head_dim)
-        rotated = types[0].elements * (self.num_heads + self.num_kv_heads) // (self.num_heads + 2 * self.num_kv_heads)
+        plain = _append_cost(self, types[0], types[3], types[4:])
+        rotated = _tokens(types[0]) * (self.num_heads + self.num_kv_heads) * self.rotary_dim
         tables = types[1].bytes + types[2].bytes
-        return Cost(3 * rotated * self.rotary_dim // self.head_dim, plain.bytes_read + tables, plain.bytes_written)
+        return Cost(3 * rotated, plain.bytes_read + tables, plain.bytes_written)
 
 
-def _split(b: Emitter, qkv: Value, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Value, Value, Value]:
-    edges = (0, num_heads * head_dim, (num_heads + num_kv_heads) * head_dim, (num_heads + 2 * num_kv_heads) * head_dim)
+def joint_edges(num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int = 0) -> tuple[int, int, int]:
+    """The columns of a joint projection at which queries, keys and values end."""
+    queries, keys = num_heads * head_dim, num_kv_heads * head_dim
+    return queries, queries + keys, queries + keys + num_kv_heads * (value_dim or head_dim)
+
+
+def _split(b: Emitter, qkv: Value, op: QkvAppend | RopeAppend) -> tuple[Value, Value, Value]:
+    edges = (0, *joint_edges(op.num_heads, op.num_kv_heads, op.head_dim, op.value_dim))
+    op.expects(qkv.type.shape[1:] == edges[-1:], f"qkv [tokens, {edges[-1]}]", qkv.type)
     q, k, v = (b.slice(qkv, axis=1, start=edges[i], stop=edges[i + 1]) for i in range(3))
     return q, k, v
 
 
-def _append_cost(
-    qkv: TensorType, slots: TensorType, states: Sequence[TensorType], heads: int, kv_heads: int, head_dim: int
-) -> Cost:
+def _append_cost(op: QkvAppend | RopeAppend, qkv: TensorType, slots: TensorType, states: Sequence[TensorType]) -> Cost:
     """A step touches only the slots of its tokens, not the whole state."""
-    part = qkv.elements // (heads + 2 * kv_heads)
-    stored = 2 * part * kv_heads * states[0].dtype.itemsize + scale_bytes(part * kv_heads // head_dim, states[2:])
-    return Cost(0, qkv.bytes + slots.bytes, part * heads * qkv.dtype.itemsize + stored)
+    queries, _, end = joint_edges(op.num_heads, op.num_kv_heads, op.head_dim, op.value_dim)
+    tokens = _tokens(qkv)
+    stored = tokens * (end - queries) * states[0].dtype.itemsize + scale_bytes(tokens * op.num_kv_heads, states[2:])
+    return Cost(0, qkv.bytes + slots.bytes, tokens * queries * qkv.dtype.itemsize + stored)
+
+
+def _tokens(qkv: TensorType) -> int:
+    return TensorType(qkv.dtype, qkv.shape[:1]).elements

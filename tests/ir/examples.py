@@ -39,7 +39,7 @@ from llmc.ir.ops.elementwise import (
 )
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.linear import GatedLinear, Linear, Matmul
-from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, RmsNorm
+from llmc.ir.ops.norm import AddLayerNorm, AddRmsNorm, LayerNorm, NormHeads, RmsNorm
 from llmc.ir.ops.reduce import Argmax, Mean, SinkSoftmax, Softmax, Sum
 from llmc.ir.ops.rope import DynamicFrequencies, Rope, RotaryTable
 from llmc.ir.ops.shape import Concat, Constant, Expand, GatherRows, Reshape, Slice, Transpose
@@ -215,6 +215,16 @@ EXAMPLES = [
     Example(LayerNorm(0.1), (f(2, T, 4), f(4), f(4)), layer_norm),
     Example(AddRmsNorm(0.1), (f(T, 4), f(T, 4), f(4)), lambda x, r, w: (x + r, rms(x + r, w))),
     Example(AddLayerNorm(0.1), (f(T, 4), f(T, 4), f(4), f(4)), lambda x, r, w, b: (x + r, layer_norm(x + r, w, b))),
+    Example(
+        NormHeads(0.1, 2, 2, 1, 3),
+        (f(T, 9), f(2), f(3)),
+        lambda x, q, k: np.hstack([rms(x[:, :2], q), rms(x[:, 2:4], q), rms(x[:, 4:7], k), x[:, 7:]]),
+    ),
+    Example(
+        NormHeads(0.1, 1, 2, 1, 3, centred=True),
+        (f(T, 6), f(2), f(3), f(2), f(3)),
+        lambda x, q, k, p, m: np.hstack([layer_norm(x[:, :2], q, p), layer_norm(x[:, 2:5], k, m), x[:, 5:]]),
+    ),
     Example(Mean(), (f(T, 4),), lambda x: x.mean(-1, keepdims=True)),
     Example(Sum(), (f(T, 4),), lambda x: x.sum(-1, keepdims=True)),
     Example(
@@ -292,6 +302,21 @@ EXAMPLES = [
         (f(T, 8), i(T), *STATES),
         lambda x, slots, key, value: (x[:, :4], *append(x[:, 4:6], x[:, 6:], slots, key, value)),
         {1: SLOTS},
+    ),
+    Example(
+        QkvAppend(2, 1, 2, value_dim=3),
+        (f(T, 9), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        lambda x, slots, key, value: (x[:, :4], *append(x[:, 4:6], x[:, 6:], slots, key, value)),
+        {1: SLOTS},
+    ),
+    Example(
+        RopeAppend(2, 1, 2, 2, value_dim=3),
+        (f(T, 9), f(T, 1), f(T, 1), i(T), STATES[0], replace(STATES[1], shape=(3, 1, 4, 3))),
+        lambda x, c, s, slots, key, value: (
+            rotate(x[:, :4], c, s, 2, "half"),
+            *append(rotate(x[:, 4:6], c, s, 1, "half"), x[:, 6:], slots, key, value),
+        ),
+        {3: SLOTS},
     ),
     Example(
         RopeAppend(2, 1, 2, 2),

@@ -2,116 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import pytest
 
-from llmc.ir.graph import Graph, State
+from llmc.ir.graph import Graph
 from llmc.ir.op import Value
-from llmc.ir.ops.attention import Attention
 from llmc.ir.ops.elementwise import Silu
 from llmc.ir.ops.norm import LayerNorm, RmsNorm
 from llmc.ir.ops.rope import Rope
-from llmc.ir.types import DType, symbol
 from llmc.ir.verify import verify
 from llmc.passes.base import PassContext
 from llmc.passes.observe import NumericsCheck
 from llmc.passes.pipelines import read_pipeline
 from tests.passes.graphs import F32, Model, counts
-
-
-def attend(
-    b: Model, mask: Callable[[Value, Value], Value] | None = None, value: float = -math.inf, biased: bool = False
-) -> Graph:
-    """Attention over two heads, with one thing another way."""
-    t = b.tokens
-    heads = [b.transpose(b.reshape(b.input(n, F32, (t, 8)), shape=(t, 2, 4)), axes=(1, 0, 2)) for n in ("q", "k", "v")]
-    scores = b.matmul(heads[0], b.transpose(heads[1], axes=(0, 2, 1)))
-    row, column = b.reshape(b.positions, shape=(t, 1)), b.reshape(b.positions, shape=(1, t))
-    if biased:
-        scores = b.add(scores, b.cast(column, dtype=F32))
-    if mask is not None:
-        scores = b.mask(scores, mask(row, column), value=value)
-    mixed = b.matmul(b.softmax(scores), heads[2])
-    return b.graph({"out": b.reshape(b.transpose(mixed, axes=(1, 0, 2)), shape=(t, 8))})
-
-
-def two_conditions(b: Model) -> Graph:
-    def window(row: Value, column: Value) -> Value:
-        near = b.greater_equal(b.add(column, b.constant([[8]], DType.I32)), row)
-        result: Value = b.logical_and(b.greater_equal(row, column), near)
-        return result
-
-    return attend(b, mask=window)
-
-
-def grouped(b: Model, tiled: bool) -> Graph:
-    """Queries of 4 heads of width 4 over keys of 2."""
-    t = b.tokens
-    q = b.input("q", F32, (t, 16))
-    k, v = (b.input(n, F32, (t, 8)) for n in ("k", "v"))
-
-    def heads(x: Value, count: int) -> Value:
-        result: Value = b.transpose(b.reshape(x, shape=(t, count, 4)), axes=(1, 0, 2))
-        return result
-
-    def wide(x: Value) -> Value:
-        narrow, shape = ((1, 2, t, 4), (2, 2, t, 4)) if tiled else ((2, 1, t, 4), (2, 2, t, 4))
-        result: Value = b.reshape(b.expand(b.reshape(heads(x, 2), shape=narrow), shape=shape), shape=(4, t, 4))
-        return result
-
-    scores = b.matmul(heads(q, 4), b.transpose(wide(k), axes=(0, 2, 1)))
-    row, column = b.reshape(b.positions, shape=(t, 1)), b.reshape(b.positions, shape=(1, t))
-    weights = b.softmax(b.mask(scores, b.greater_equal(row, column), value=-math.inf))
-    mixed = b.transpose(b.matmul(weights, wide(v)), axes=(1, 0, 2))
-    return b.graph({"out": b.reshape(mixed, shape=(t, 16))})
-
-
-def weights_wanted(b: Model) -> Graph:
-    """Attention whose weights leave the graph."""
-    q, k, v = (b.input(n, F32, (b.tokens, 8)) for n in ("q", "k", "v"))
-    out = b.primitive(Attention(2, 2, 4, 0.5), q, k, v, b.positions)
-    softmax = out.node.inputs[0].node.inputs[0].node.inputs[0]
-    assert softmax.op.name == "softmax"
-    return b.graph({"out": out, "weights": softmax})
-
-
-def other_positions(b: Model) -> Graph:
-    other = b.input("other", DType.I32, (b.tokens,))
-    row = b.reshape(other, shape=(b.tokens, 1))
-    return attend(b, mask=lambda _, column: b.greater_equal(row, column))
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (attend, "the scores are not masked"),
-        (lambda b: attend(b, mask=lambda r, c: b.greater_equal(c, r)), "not causal: tokens would see those after them"),
-        (lambda b: attend(b, mask=b.greater_equal, value=-10000.0), "masked scores become -10000.0"),
-        (two_conditions, "a second condition beside causality"),
-        (other_positions, "does not compare one vector of positions with itself"),
-        (lambda b: grouped(b, tiled=True), "want each head repeated beside itself"),
-        (weights_wanted, "its inner value is also used by a result of the graph"),
-        (
-            lambda b: attend(b, b.greater_equal, biased=True),
-            "want the product of queries and keys, found add",
-        ),
-    ],
-    ids=["no-mask", "anticausal", "soft-mask", "window", "positions", "tiled", "weights", "no-product"],
-)
-def test_attention(make: Callable[[Model], Graph], reason: str) -> None:
-    graph = make(Model())
-    verify(graph)
-    context = PassContext()
-    after = read_pipeline("fuse-attention").run(graph, context)
-    assert context.counts == {"attention": 0}
-    assert after == graph
-    assert reason in str(context.refusals["attention"][0])
-
-
-def test_grouped_attention_is_recognised_where_it_is_right() -> None:
-    assert counts(read_pipeline("fuse-attention,canonicalize").run(grouped(Model(), tiled=False))) == {"attention": 1}
 
 
 def rotated(b: Model, **changes: bool) -> Graph:
@@ -339,44 +241,3 @@ def test_tables_of_two_factors_keep_them() -> None:
     tables = {"cos": b.mul_scalar(b.cos(angles), value=2.0), "sin": b.mul_scalar(b.sin(angles), value=3.0)}
     after = read_pipeline("fuse-rope").run(b.graph(tables), observer=NumericsCheck())
     assert counts(after) == {"rotary_table": 1, "mul_scalar": 2}
-
-
-def appended(
-    b: Model, *, queries: int = 8, key_start: int = 8, rotate_queries: bool = True, other_table: bool = False
-) -> Graph:
-    """A joint projection of 2 query heads, 1 key and 1 value head of width 4, rotated and appended."""
-    t = b.tokens
-    qkv = b.input("qkv", F32, (t, 16))
-    slots = b.input("slots", DType.I32, (t,))
-    cos, sin = (b.input(n, F32, (t, 2)) for n in ("cos", "sin"))
-    q, k, v = (b.slice(qkv, axis=1, start=i, stop=j) for i, j in ((0, queries), (key_start, key_start + 4), (12, 16)))
-    if rotate_queries:
-        q = b.rope(q, sin if other_table else cos, sin, num_heads=queries // 4, head_dim=4, rotary_dim=4)
-    k = b.rope(k, cos, sin, num_heads=1, head_dim=4, rotary_dim=4)
-    blocks = symbol("num_blocks")
-    key = b.state(State("key", "paged_kv", F32, (blocks, 1, 4, 16)))
-    value = b.state(State("value", "paged_kv", F32, (blocks, 1, 16, 4)))
-    key, value = b.kv_append(k, v, slots, key, value, num_kv_heads=1, head_dim=4)
-    return b.graph({"q": q}, {"key": key, "value": value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"other_table": True}, "queries are not rotated as keys are"),
-        ({"rotate_queries": False}, "queries are not rotated as keys are"),
-        ({"key_start": 4}, "do not follow each other in one projection"),
-        ({"queries": 4}, "want one slice of the 8 query columns, found 0"),
-    ],
-)
-def test_appends(changes: dict[str, int], reason: str) -> None:
-    context = PassContext()
-    read_pipeline("fuse-append").run(appended(Model(), **changes), context)  # type: ignore[arg-type]
-    assert context.counts == {"rope-append": 0, "qkv-append": 0}
-    assert reason in str(context.refusals["rope-append"][0])
-
-
-def test_an_append_that_is_right_fuses() -> None:
-    context = PassContext()
-    read_pipeline("fuse-append").run(appended(Model()), context)
-    assert context.counts == {"rope-append": 1, "qkv-append": 0}

@@ -1,8 +1,8 @@
 """Writing keys and values into the paged state, with or without a rotary embedding of the keys.
 
-State of one layer: key [blocks, kv_heads, head_dim, 16] (a lane is a key), value [blocks, kv_heads, 16, head_dim]. With
-kv_dtype i8 these are codes, and each head's key and value has a scale: key_scale and value_scale f32 [blocks, kv_heads,
-16] (`llmc.ir.ops.cache.quantize_rows` says how they are taken).
+State of one layer: key [blocks, kv_heads, head_dim, 16] (a lane is a key), value [blocks, kv_heads, 16, value_dim],
+where value_dim is head_dim unless it is given. With kv_dtype i8 these are codes, and each head's key and value has a
+scale: key_scale and value_scale f32 [blocks, kv_heads, 16] (`llmc.ir.ops.cache.quantize_rows` says how they are taken).
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from llmc.backends.tvm.kernels.vector import STORAGE, at, encode, i32, load, sha
 BLOCK = 16
 
 
-def append(symbol, isa, *, q_heads, kv_heads, head_dim, kv_dtype, rot_dim=0, layout="half"):
-    """qkv f32 [tokens, (q_heads + 2 kv_heads) · head_dim], [cos and sin f32 [tokens, rot_dim / 2]], slot_mapping
-    i32 [tokens], key and value states, [their scales]. Keys are rotated (see
-    `rotation`), or not with rot_dim 0; queries stay.
+def append(symbol, isa, *, q_heads, kv_heads, head_dim, kv_dtype, rot_dim=0, layout="half", value_dim=0):
+    """qkv f32 [tokens, row_width], [cos and sin f32 [tokens, rot_dim / 2]], slot_mapping i32 [tokens], key and value
+    states, [their scales]. Keys are rotated (see `rotation`), or not with rot_dim 0; queries stay.
 
     A negative slot is padding: nothing is appended.
     """
@@ -32,6 +31,7 @@ def append(symbol, isa, *, q_heads, kv_heads, head_dim, kv_dtype, rot_dim=0, lay
         kv_dtype=kv_dtype,
         rot_dim=rot_dim,
         layout=layout,
+        value_dim=value_dim,
     )
 
     @T.prim_func(s_tir=True)
@@ -73,25 +73,31 @@ def present(rot_dim, kv_dtype):
     return {"cos": tables, "sin": tables, "key_scale": scales, "value_scale": scales}
 
 
-def writer(isa, *, q_heads, kv_heads, head_dim, kv_dtype, rot_dim, layout):
+def row_width(q_heads, kv_heads, head_dim, value_dim):
+    """Elements of a joint row: queries, keys, values."""
+    return (q_heads + kv_heads) * head_dim + kv_heads * (value_dim or head_dim)
+
+
+def writer(isa, *, q_heads, kv_heads, head_dim, kv_dtype, rot_dim, layout, value_dim=0):
     """`write(X, C, S, H, K, V, KS, VS, t, slot, head)`: the key and value of token t and a kv head, from the joint
     projection X into their slot of the states. H is scratch, f32 [head_dim]."""
     L = isa.lanes
-    width = (q_heads + 2 * kv_heads) * head_dim
+    width = row_width(q_heads, kv_heads, head_dim, value_dim)
+    value_width = value_dim or head_dim
     rotate = rotation(isa, head_dim=head_dim, rot_dim=rot_dim, layout=layout)
-    whole, tail = head_dim // L, head_dim % L
+    whole, tail = value_width // L, value_width % L
     scaled = kv_dtype == "i8"
 
     @T.inline
-    def scale_of(X, x, Z, z):
-        """Z[z] = the largest magnitude of X[x..x + head_dim], over 127."""
+    def scale_of(X, x, Z, z, size):
+        """Z[z] = the largest magnitude of X[x..x + size], over 127."""
         most = T.alloc_buffer((L,), "int32", scope="local")
         most[at(0, L)] = i32(0, L)
-        for i in T.serial(whole):
+        for i in T.serial(size // L):
             bits: T.let = magnitude_bits(load(X, x + i * L, L))
             most[at(0, L)] = T.Select(bits > load(most, 0, L), bits, load(most, 0, L))
-        for i in T.serial(tail):
-            most[0] = T.max(most[0], magnitude_bits(X[x + whole * L + i]))
+        for i in T.serial(size % L):
+            most[0] = T.max(most[0], magnitude_bits(X[x + size // L * L + i]))
         Z[z] = T.reinterpret("float32", tree_max([most[i] for i in range(L)])) / T.float32(127)
 
     def stored(value, scales, place, lanes=1):
@@ -101,18 +107,18 @@ def writer(isa, *, q_heads, kv_heads, head_dim, kv_dtype, rot_dim, layout):
     def write(X, C, S, H, K, V, KS, VS, t, slot, head):
         if slot >= 0:
             x: T.let = t * width + (q_heads + head) * head_dim
-            v: T.let = x + kv_heads * head_dim
+            v: T.let = t * width + (q_heads + kv_heads) * head_dim + head * value_width
             offset: T.let = T.truncmod(slot, BLOCK)
             unit: T.let = T.Cast("int64", T.truncdiv(slot, BLOCK)) * kv_heads + head
             place: T.let = unit * T.int64(head_dim * BLOCK)
             at_scale: T.let = unit * T.int64(BLOCK) + T.Cast("int64", offset)
             rotate(X, x, C, S, t, H, 0)
             if scaled:
-                scale_of(H, 0, KS, at_scale)
-                scale_of(X, v, VS, at_scale)
+                scale_of(H, 0, KS, at_scale, head_dim)
+                scale_of(X, v, VS, at_scale, value_width)
             for i in T.serial(head_dim):
                 K[place + T.Cast("int64", i * BLOCK + offset)] = stored(H[i], KS, at_scale)
-            row: T.let = place + T.Cast("int64", offset * head_dim)
+            row: T.let = unit * T.int64(value_width * BLOCK) + T.Cast("int64", offset * value_width)
             for i in T.serial(whole):
                 V[at(row + T.Cast("int64", i * L), L)] = stored(load(X, v + i * L, L), VS, at_scale, L)
             for i in T.serial(tail):

@@ -1,4 +1,8 @@
-"""Elementwise kernels over [rows, width] float32, for what no other kernel could take in."""
+"""Elementwise kernels over [rows, width] float32, for what no other kernel could take in.
+
+With `period` the second operand is a vector f32 [period], added or multiplied at every `period` elements; width is a
+multiple of it.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ from llmc.backends.tvm.kernels.math import activate
 from llmc.backends.tvm.kernels.vector import at, f32, lanes_of, load, share, specialised
 
 
-def add(symbol, isa, *, rows_dim, width):
-    """a, b f32 [rows, width], y = a + b."""
-    return _elementwise(symbol, isa, rows_dim, width, True, lambda a, b: a + b)
+def add(symbol, isa, *, rows_dim, width, period=0):
+    """a, b f32 [rows, width] (or b [period]), y = a + b."""
+    return _with_second(symbol, isa, rows_dim, width, period, lambda a, b: a + b)
 
 
-def multiply(symbol, isa, *, rows_dim, width):
-    """a, b f32 [rows, width], y = a · b."""
-    return _elementwise(symbol, isa, rows_dim, width, True, lambda a, b: a * b)
+def multiply(symbol, isa, *, rows_dim, width, period=0):
+    """a, b f32 [rows, width] (or b [period]), y = a · b."""
+    return _with_second(symbol, isa, rows_dim, width, period, lambda a, b: a * b)
 
 
 def scale(symbol, isa, *, rows_dim, width, factor):
@@ -26,6 +30,41 @@ def scale(symbol, isa, *, rows_dim, width, factor):
 def unary(symbol, isa, *, rows_dim, width, activation):
     """x f32 [rows, width], y = activation(x)."""
     return _elementwise(symbol, isa, rows_dim, width, False, lambda a, b: activate(activation, a))
+
+
+def _with_second(symbol, isa, rows_dim, width, period, function):
+    if period:
+        return _with_vector(symbol, isa, rows_dim, width // period, period, function)
+    return _elementwise(symbol, isa, rows_dim, width, True, function)
+
+
+def _with_vector(symbol, isa, rows_dim, rows, period, function):
+    """Every row of `period` elements with the same vector; a token has so many rows."""
+    L = isa.lanes
+    whole, tail = period // L, period % L
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        task: T.int32,
+        tasks: T.int32,
+        dims: T.handle("int32"),
+        a: T.handle("float32"),
+        b: T.handle("float32"),
+        y: T.handle("float32"),
+    ):
+        D = T.decl_buffer((4,), "int32", data=dims)
+        A = T.decl_buffer((1,), "float32", data=a)
+        B = T.decl_buffer((1,), "float32", data=b)
+        Y = T.decl_buffer((1,), "float32", data=y)
+        first: T.let = share(task, tasks, D[rows_dim] * rows)
+        for i in T.serial(share(task + 1, tasks, D[rows_dim] * rows) - first):
+            row: T.let = (first + i) * period
+            for c in T.serial(whole):
+                Y[at(row + c * L, L)] = function(load(A, row + c * L, L), load(B, c * L, L))
+            for c in T.serial(tail):
+                Y[row + whole * L + c] = function(A[row + whole * L + c], B[whole * L + c])
+
+    return specialised(kernel, symbol, {})
 
 
 def _elementwise(symbol, isa, rows_dim, width, binary, function):

@@ -5,8 +5,11 @@ each row its maximum, its sum of exponentials and its weighted values; those of 
 folded together in order, and then splits are. All of that depends on the row's own position alone, so a row's bits are
 the same in any batch, chunk or tile, and whether splits are folded by one task or by `combine_splits`.
 
+With a window a row's first segment is the one of the first key that it sees, whatever the other rows of its unit see: a
+segment in which it has no keys changes no bits.
+
 What lies beyond a row's position (later keys, slots not yet written, blocks of others) never enters its arithmetic:
-scores there are replaced, not multiplied, and values there are not read.
+scores there are replaced, not multiplied, and values there are not read. The same holds before its window.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from types import SimpleNamespace
 from tvm.script import tirx as T
 
 from llmc.backends.tvm.kernels.cache import BLOCK
-from llmc.backends.tvm.kernels.math import exp, exp_of_difference
+from llmc.backends.tvm.kernels.math import exp, exp_of_difference, tanh
 from llmc.backends.tvm.kernels.tile import COLUMNS, rows_at_most, tile
-from llmc.backends.tvm.kernels.vector import at, f32, fma, load, splat, tree_max, tree_sum
+from llmc.backends.tvm.kernels.vector import at, f32, fma, load, splat, tree_max, tree_sum, wide
 from llmc.backends.tvm.splits import SEGMENT
 
 _LOWEST = -3.0e38
@@ -39,17 +42,43 @@ def tiling(isa, group, tokens):
     return [(0, group * t) for t in sorted({1, (tokens + 1) // 2, tokens})]
 
 
-def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=False):
+def segment(
+    isa,
+    *,
+    group,
+    tokens,
+    kv_heads,
+    head_dim,
+    scale,
+    kv_dtype,
+    value_dim=0,
+    window=0,
+    soft_cap=0.0,
+    alibi=False,
+    ahead=False,
+):
     """`run` and what else units are made of; `rows` is how many a unit has at most, in whole vectors.
 
-    Q f32 [rows, head_dim] queries; K, V, KS and VS the states and their scales; B block tables; W f32 [rows, COLUMNS]
-    scores, then weights; Y f32 [rows, head_dim] weighted values so far; A f32 [6, rows] by row: the maximum and the sum
-    of exponentials so far, the factors of what was so far and of what was folded in last, the latter's maximum and sum.
+    Q f32 [rows, head_dim] queries; K, V, KS and VS the states and their scales; B block tables; SL f32 [q_heads] slopes
+    (with `alibi`); W f32 [rows, COLUMNS] scores, then weights; Y f32 [rows, value_dim] weighted values so far; A f32
+    [6, rows] by row: the maximum and the sum of exponentials so far, the factors of what was so far and of what was
+    folded in last, the latter's maximum and sum.
     """
     L = isa.lanes
-    scaled = kv_dtype == "i8"
+    scaled, adjusts = kv_dtype == "i8", bool(soft_cap or alibi)
+    windowed = window > 0
     tiles = tiling(isa, group, tokens)
-    product = tile(isa, group=group, kv_heads=kv_heads, head_dim=head_dim, scale=scale, kv_dtype=kv_dtype, ahead=ahead)
+    product = tile(
+        isa,
+        group=group,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim or head_dim,
+        scale=scale,
+        kv_dtype=kv_dtype,
+        ahead=ahead,
+        window=window,
+    )
     rows = -(-max(low + height for low, height in tiles) // 16) * 16
 
     def for_tiles(here, inline, *where):
@@ -63,25 +92,47 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=Fa
                 inline(*where, low, height)
             before = height
 
+    def seen(j, first, valid):
+        """Which of the keys j..j + L a row sees."""
+        inside = at(j, L) < splat(valid, L)
+        return T.And(inside, at(j, L) >= splat(first, L)) if windowed else inside
+
+    def adjusted(score, j, slope, before):
+        """Scores of the keys j..j + L with a cap and a slope; key 0 is `before` positions after the query."""
+        if soft_cap:
+            score = tanh(score * f32(1 / soft_cap, L)) * f32(soft_cap, L)
+        if alibi:
+            distance = T.Cast(wide("float32", L), at(j + before, L))
+            score = fma(splat(slope, L), distance, score)
+        return score
+
     @T.inline
-    def weigh(W, A, VS, B, row, valid, table, head):
-        """W[row] = e^(score - maximum), zero beyond the first `valid` keys; their maximum and sum. Values' scales
-        go into weights, but not into their sum."""
+    def weigh(W, A, SL, VS, B, row, position, first, valid, start, table, head):
+        """W[row] = e^(score - maximum), zero but for the keys from `first` to `valid`; their maximum and sum. Values'
+        scales go into weights, but not into their sum."""
+        skipped: T.let = T.truncdiv(first, L) if windowed else 0
+        slope: T.let = SL[head * group + T.truncmod(row, group)] if alibi else f32(0.0)
         lane = T.alloc_buffer((L,), "float32", scope="local")
         lane[at(0, L)] = f32(_LOWEST, L)
-        for j in T.serial(T.truncdiv(valid + L - 1, L)):
-            s: T.let = T.Select(at(j * L, L) < splat(valid, L), load(W, row * COLUMNS + j * L, L), f32(_LOWEST, L))
+        for j_ in T.serial(T.truncdiv(valid + L - 1, L) - skipped):
+            j: T.let = skipped + j_
+            if adjusts:
+                W[at(row * COLUMNS + j * L, L)] = adjusted(
+                    load(W, row * COLUMNS + j * L, L), j * L, slope, start - position
+                )
+            s: T.let = T.Select(seen(j * L, first, valid), load(W, row * COLUMNS + j * L, L), f32(_LOWEST, L))
             lane[at(0, L)] = T.Select(s > load(lane, 0, L), s, load(lane, 0, L))
         highest: T.let = tree_max([lane[i] for i in range(L)])
         lane[at(0, L)] = f32(0.0, L)
-        for j in T.serial(T.truncdiv(valid + L - 1, L)):
+        for j_ in T.serial(T.truncdiv(valid + L - 1, L) - skipped):
+            j: T.let = skipped + j_
             e: T.let = exp_of_difference(load(W, row * COLUMNS + j * L, L) - splat(highest, L))
-            kept: T.let = T.Select(at(j * L, L) < splat(valid, L), e, f32(0.0, L))
+            kept: T.let = T.Select(seen(j * L, first, valid), e, f32(0.0, L))
             if scaled:
                 block: T.let = T.Cast("int64", B[table + T.truncdiv(j * L, BLOCK)])
                 place: T.let = (block * kv_heads + head) * T.int64(BLOCK) + T.Cast("int64", T.truncmod(j * L, BLOCK))
                 W[at(row * COLUMNS + j * L, L)] = T.Select(
-                    at(j * L, L) < splat(valid, L), e * load(VS, place, L), f32(0.0, L)
+                    seen(j * L, first, valid), e * load(VS, place, L), f32(0.0, L)
                 )
             else:
                 W[at(row * COLUMNS + j * L, L)] = kept
@@ -110,17 +161,41 @@ def segment(isa, *, group, tokens, kv_heads, head_dim, scale, kv_dtype, ahead=Fa
                 A[at(rows + v * L, L)] = T.Select(at(v * L, L) >= splat(first_row, L), sum_, total)
 
     @T.inline
-    def run(Q, K, V, KS, VS, B, W, Y, A, table, head, start, last, position, here, fresh, next_):
+    def run(Q, K, V, KS, VS, B, SL, W, Y, A, table, head, start, last, position, here, fresh, next_):
         """The segment whose first key has position `start`, for a unit of `here` rows whose tokens have the positions
         `position` to `last`. B[table] is the segment's first block. `fresh`: nothing was folded into Y yet.
         `next_`, i32 [3], says what is read next (see `tile`), where `ahead` is asked for."""
         blocks: T.let = T.min(SEGMENT // BLOCK, T.truncdiv(last - start, BLOCK) + 1)
-        for_tiles(here, product.scores, Q, K, V, KS, VS, B, W, table, blocks, head)
+        first_block: T.let = T.truncdiv(product.first_key(position, start), BLOCK) if windowed else 0
+        for_tiles(here, product.scores, Q, K, V, KS, VS, B, W, table, first_block, blocks, head)
         for r in T.serial(here):
-            valid: T.let = T.min(SEGMENT, position + T.truncdiv(r, group) + 1 - start)
-            if valid > 0:
-                weigh(W, A, VS, B, r, valid, table, head)
+            own: T.let = position + T.truncdiv(r, group)
+            valid: T.let = T.min(SEGMENT, own + 1 - start)
+            first: T.let = product.first_key(own, start)
+            if valid > first:
+                weigh(W, A, SL, VS, B, r, own, first, valid, start, table, head)
+            if windowed:  # noqa: SIM102 (decided while the kernel is made)
+                if first == SEGMENT:  # nothing, as if the row began with the next segment
+                    A[4 * rows + r] = f32(_LOWEST)
+                    A[5 * rows + r] = f32(0.0)
         factors(A, A, 4 * rows, (start - position) * group, fresh)
         for_tiles(here, product.values, K, V, KS, B, W, Y, A, rows, table, head, start, position, fresh, next_, here)
 
     return SimpleNamespace(run=run, factors=factors, rows=rows)
+
+
+def sink(sinks):
+    """`with_sink(E, peak, logit)` and `finished(value, E, lanes)`: a row's results from its weighted values, their
+    maximum `peak` and E f32 [2], whose first element is the sum of exponentials. A sink, the logit of nothing, is added
+    to the sum once: E becomes the new sum and the factor of the values."""
+
+    @T.inline
+    def with_sink(E, peak, logit):
+        high: T.let = T.Select(logit > peak, logit, peak)
+        E[1] = exp(peak - high)
+        E[0] = fma(E[0], E[1], exp(logit - high))
+
+    def finished(value, E, lanes):
+        return (value * splat(E[1], lanes) if sinks else value) / splat(E[0], lanes)
+
+    return with_sink, finished

@@ -19,16 +19,19 @@ def rows_at_most(isa):
     return 12 if isa.lanes == 16 else 6
 
 
-def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
+def tile(isa, *, group, kv_heads, head_dim, value_dim, scale, kv_dtype, ahead, window):
     """`scores` and `values` of the rows low..low + rows of a unit (see `segment`).
+
+    With a `window` blocks and values before a token's window are not read, whatever their tables say.
 
     `ahead`: what they read is not in a cache. Then values are asked for while scores are computed, and the keys of the
     next segment while values are: blocks lie anywhere, and the processor follows no such path by itself.
     """
     L, VK = isa.lanes, BLOCK // isa.lanes
     registers = 32 if isa.lanes == 16 else 16
-    whole, tail = head_dim // L, head_dim % L
+    whole, tail = value_dim // L, value_dim % L
     scaled = kv_dtype == "i8"
+    windowed = window > 0
     line = LINE // BYTES[kv_dtype]
     steps = line // BLOCK if ahead and line >= BLOCK and head_dim % (line // BLOCK) == 0 else 1
 
@@ -43,20 +46,30 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
         scores_ = sums * f32(scale, L)
         return scores_ * load(KS, place, L) if scaled else scores_
 
+    def first_key(position, start):
+        """The first key of a segment in the window of a token."""
+        return T.max(0, T.min(SEGMENT, position - (window - 1) - start)) if windowed else 0
+
+    def present(block, first, end):
+        """The nearest of the blocks from `first` to `end`."""
+        return T.max(first, T.min(block, end - 1)) if windowed else T.min(block, end - 1)
+
     @T.inline
-    def scores(Q, K, V, KS, VS, B, W, table, blocks, head, low, rows):
-        """W = scale · q · keys of `blocks` blocks, whose ids begin at B[table]. Several are taken at once; where none
-        is left the last is taken again."""
+    def scores(Q, K, V, KS, VS, B, W, table, first_block, blocks, head, low, rows):
+        """W = scale · q · keys of the blocks from `first_block` to `blocks` of those whose ids begin at B[table].
+        Several are taken at once; where none is there the nearest is taken again."""
         N = T.meta_var(blocks_at_once(rows))
         acc = T.alloc_buffer((rows * N * BLOCK,), "float32", scope="local")
         keys = T.alloc_buffer((N * BLOCK,), "float32", scope="local")
         unit = T.alloc_buffer((N,), "int64", scope="local")
         base = T.alloc_buffer((N,), "int64", scope="local")
-        for n in T.serial(T.truncdiv(blocks + N - 1, N)):
+        skipped: T.let = T.truncdiv(first_block, N) if windowed else 0
+        for n_ in T.serial(T.truncdiv(blocks + N - 1, N) - skipped):
+            n: T.let = skipped + n_
             for i in T.unroll(rows * N * VK):
                 acc[at(i * L, L)] = f32(0.0, L)
             for b in T.unroll(N):
-                block: T.let = T.Cast("int64", B[table + T.min(n * N + b, blocks - 1)])
+                block: T.let = T.Cast("int64", B[table + present(n * N + b, first_block, blocks)])
                 unit[b] = (block * kv_heads + head) * T.int64(BLOCK)
                 base[b] = unit[b] * T.int64(head_dim)
                 if scaled and ahead:
@@ -64,7 +77,8 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
             for whole_line in T.serial(head_dim // steps):
                 if ahead:
                     for b in T.unroll(N):
-                        prefetch(V, base[b] + T.Cast("int64", whole_line * (steps * BLOCK)))
+                        values_at = T.meta_var(base[b] if value_dim == head_dim else unit[b] * T.int64(value_dim))
+                        prefetch(V, values_at + T.Cast("int64", whole_line * (steps * BLOCK)))
                 for step in T.unroll(steps):
                     d: T.let = whole_line * steps + step
                     for i in T.unroll(N * VK):
@@ -84,6 +98,19 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
                     )
 
     @T.inline
+    def add_value(V, B, W, acc, table, head, key, low, r, first, lanes, C):
+        """Adds C columns of one key's weighted value to the sums of row r."""
+        row: T.let = (
+            (T.Cast("int64", B[table + T.truncdiv(key, BLOCK)]) * kv_heads + head) * T.int64(BLOCK)
+            + T.Cast("int64", T.truncmod(key, BLOCK))
+        ) * T.int64(value_dim)
+        for c in T.unroll(C):
+            v: T.let = decode(load(V, row + T.Cast("int64", first + c * lanes), lanes), kv_dtype, lanes)
+            acc[at((r * C + c) * lanes, lanes)] = fma(
+                splat(W[(low + r) * COLUMNS + key], lanes), v, acc[at((r * C + c) * lanes, lanes)]
+            )
+
+    @T.inline
     def column_values(
         K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, lanes, C, first, rows
     ):
@@ -93,17 +120,30 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
         for i in T.unroll(rows * C):
             acc[at(i * lanes, lanes)] = f32(0.0, lanes)
         common: T.let = T.max(0, T.min(SEGMENT, position + T.truncdiv(low, group) + 1 - start))
-        for b in T.serial(T.truncdiv(common + BLOCK - 1, BLOCK)):
-            base: T.let = (T.Cast("int64", B[table + b]) * kv_heads + head) * T.int64(head_dim * BLOCK)
+        begin: T.let = first_key(position + (low + rows - 1) // group, start)
+        if windowed:
+            # Earlier tokens of the tile see a few keys before those that all see.
+            for r in T.unroll(rows):
+                own: T.let = first_key(position + (low + r) // group, start)
+                end: T.let = T.min(begin, T.max(0, T.min(SEGMENT, position + (low + r) // group + 1 - start)))
+                if low + r < here:
+                    for e in T.serial(end - own):
+                        add_value(V, B, W, acc, table, head, own + e, low, r, first, lanes, C)
+        skipped: T.let = T.truncdiv(begin, BLOCK) if windowed else 0
+        for b_ in T.serial(T.max(0, T.truncdiv(common + BLOCK - 1, BLOCK) - skipped)):
+            b: T.let = skipped + b_
+            base: T.let = (T.Cast("int64", B[table + b]) * kv_heads + head) * T.int64(value_dim * BLOCK)
             if ahead:
                 block: T.let = T.Cast("int64", B[next_[0] + T.min(b, next_[1] - 1)])
                 following[0] = (block * kv_heads + next_[2]) * T.int64(head_dim * BLOCK)
                 if scaled:
                     prefetch(KS, (block * kv_heads + next_[2]) * T.int64(BLOCK))
-            for j in T.serial(T.min(BLOCK, common - b * BLOCK)):
+            inside: T.let = T.max(0, begin - b * BLOCK) if windowed else 0
+            for j_ in T.serial(T.max(0, T.min(BLOCK, common - b * BLOCK) - inside)):
+                j: T.let = inside + j_
                 for c in T.unroll(C):
                     of_key[at(c * lanes, lanes)] = decode(
-                        load(V, base + T.Cast("int64", j * head_dim + first + c * lanes), lanes), kv_dtype, lanes
+                        load(V, base + T.Cast("int64", j * value_dim + first + c * lanes), lanes), kv_dtype, lanes
                     )
                 if ahead:
                     for c in T.unroll(-(-C * lanes // line)):
@@ -118,19 +158,11 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
             # Later tokens of the tile see a few keys more.
             more: T.let = T.max(0, T.min(SEGMENT, position + T.truncdiv(low + r, group) + 1 - start))
             if T.And(low + r < here, more > 0):
-                for e in T.serial(more - common):
-                    key: T.let = common + e
-                    row: T.let = (
-                        (T.Cast("int64", B[table + T.truncdiv(key, BLOCK)]) * kv_heads + head) * T.int64(BLOCK)
-                        + T.Cast("int64", T.truncmod(key, BLOCK))
-                    ) * T.int64(head_dim)
-                    for c in T.unroll(C):
-                        v: T.let = decode(load(V, row + T.Cast("int64", first + c * lanes), lanes), kv_dtype, lanes)
-                        acc[at((r * C + c) * lanes, lanes)] = fma(
-                            splat(W[(low + r) * COLUMNS + key], lanes), v, acc[at((r * C + c) * lanes, lanes)]
-                        )
+                after: T.let = T.max(common, begin) if windowed else common
+                for e in T.serial(more - after):
+                    add_value(V, B, W, acc, table, head, after + e, low, r, first, lanes, C)
                 for c in T.unroll(C):
-                    y: T.let = (low + r) * head_dim + first + c * lanes
+                    y: T.let = (low + r) * value_dim + first + c * lanes
                     if fresh:
                         Y[at(y, lanes)] = acc[at((r * C + c) * lanes, lanes)]
                     else:
@@ -162,7 +194,7 @@ def tile(isa, *, group, kv_heads, head_dim, scale, kv_dtype, ahead):
                 K, V, KS, B, W, Y, A, stride, table, head, start, position, fresh, next_, here, low, *columns, rows
             )
 
-    return SimpleNamespace(scores=scores, values=values)
+    return SimpleNamespace(scores=scores, values=values, first_key=first_key)
 
 
 def _columns(whole, most):

@@ -18,7 +18,7 @@ from llmc.ir.errors import NoKernel
 from llmc.ir.graph import Graph, Leaf, Param
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Emitter, Node, Value
-from llmc.ir.ops.attention import PagedAttention
+from llmc.ir.ops.attention import Attention, PagedAttention
 from llmc.ir.text import parse
 from llmc.ir.types import DType, TensorType
 from llmc.ir.verify import verify
@@ -26,7 +26,7 @@ from llmc.options import Limits
 from llmc.passes.pipelines import step_pipeline
 from llmc.passes.quantize import KEPT, Quantize
 from llmc.passes.trials import random_parameter, random_trial
-from tests.passes.graphs import learned_model, rotary_model
+from tests.passes.graphs import Model, learned_model, rotary_model
 
 MODELS: dict[str, Callable[..., Graph]] = {"rotary": rotary_model, "learned": learned_model}
 LONGEST = 64
@@ -88,11 +88,11 @@ def test_split_length(longest: int) -> None:
     assert split == SEGMENT or -(-longest // (split - SEGMENT)) > MOST_SPLITS
 
 
-def changed(model: str, **attributes: object) -> Graph:
-    """A step whose attentions have other attributes; `sinks` are a parameter."""
-    step = step_pipeline(DType.F32, 4).run(MODELS[model](layers=1))
+def kinds(model: str, kv: DType, **attributes: object) -> Graph:
+    """A step whose attentions have other attributes; slopes and sinks are parameters."""
+    step = step_pipeline(kv, 4).run(MODELS[model](layers=1))
     heads = next(n.op.num_heads for n in step.nodes if isinstance(n.op, PagedAttention))
-    sinks = Value(Node(Param("sinks"), (), (TensorType(DType.F32, (heads,)),)))
+    vectors = {n: Value(Node(Param(n), (), (TensorType(DType.F32, (heads,)),))) for n in ("slopes", "sinks")}
 
     def emit(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         b = Emitter()
@@ -100,28 +100,55 @@ def changed(model: str, **attributes: object) -> Graph:
         if not isinstance(node.op, PagedAttention):
             return b.make(node.op, inputs).results
         op = replace(node.op, **attributes)  # type: ignore[arg-type]
-        return b.make(op, (*inputs, *[sinks] * op.sinks)).results
+        return b.make(op, (*inputs, *(vectors[n] for n in op.per_head))).results
 
-    return replace(step.map(emit), params=(*step.params, sinks))
+    return replace(step.map(emit), params=(*step.params, *vectors.values()))
 
 
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("entry", ["decode", "prefill"])
 @pytest.mark.parametrize(
-    ("attributes", "named"),
+    ("model", "kv", "attributes"),
     [
-        ({"window": 3}, "window=3"),
-        ({"soft_cap": 30.0}, "soft_cap=30.0"),
-        ({"sinks": True}, "sinks=True"),
-        ({"window": 8, "sinks": True}, "window=8, sinks=True"),
+        ("rotary", DType.F32, {"window": 3}),
+        ("rotary", DType.I8, {"window": 9, "sinks": True}),
+        ("learned", DType.F32, {"soft_cap": 0.75, "alibi": True}),
+        ("learned", DType.I8, {"window": 11, "soft_cap": 0.75, "alibi": True, "sinks": True}),
     ],
 )
-def test_what_no_kernel_does(attributes: dict[str, object], named: str, model: str) -> None:
-    step = changed(model, **attributes)
-    verify(step)
-    assert parse(str(step)) == step
-    message = f"^no CPU kernel for paged_attention with {named} at layers.0.attention$"
-    with pytest.raises(NoKernel, match=message):
-        lower(step, LONGEST)
+def test_kinds(
+    model: str, kv: DType, attributes: dict[str, object], entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, caps, slopes and sinks mean in kernels' ops what they mean in the op that is lowered."""
+    monkeypatch.setattr("llmc.backends.tvm.lower_attention.split_length", lambda longest: 7)
+    step = kinds(model, kv, **attributes)
+    before, after = (dict(specialised(g, Limits()))[entry] for g in (step, lower(step, LONGEST)))
+    after = entry_graph(entry, after, LONGEST)
+    verify(after)
+    assert not {n.op.name for n in after.nodes} & {"paged_attention", "qkv_append", "rope_append"}
+    for got, want in zip(run(after, before), run(before, before), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert parse(str(after)) == after
+
+
+def apart(b: Model, width: int, value_width: int) -> Graph:
+    """A step of one layer whose keys and values have other widths, and are no slices of one projection."""
+    x = b.embedding(b.token_ids, b.param("embed.weight", DType.F32, (11, 16)), dtype=DType.F32)
+    q, k = b.project("query", x, 4 * width), b.project("key", x, 2 * width)
+    v = b.mul(b.project("value", x, 2 * value_width), b.project("gate", x, 2 * value_width))
+    op = Attention(4, 2, width, 0.5, value_dim=value_width)
+    y = b.project("output", b.primitive(op, q, k, v, b.positions), 11)
+    return step_pipeline(DType.F32, 4).run(b.graph({"logits": y}))
+
+
+@pytest.mark.parametrize("entry", ["decode", "prefill"])
+def test_values_of_another_width(entry: str) -> None:
+    step = apart(Model(), 6, 4)
+    before, after = (dict(specialised(g, Limits()))[entry] for g in (step, lower(step, LONGEST)))
+    after = entry_graph(entry, after, LONGEST)
+    verify(after)
+    assert {"concat", "append_keys" if entry == "prefill" else "split_attention"} <= {n.op.name for n in after.nodes}
+    for got, want in zip(run(after, before), run(before, before), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize(("model", "append"), [("rotary", "rope_append"), ("learned", "qkv_append")])

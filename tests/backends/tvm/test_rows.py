@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.backends.tvm.kernels import elementwise, norm, rows
+from llmc.backends.tvm.kernels import columns, elementwise, norm
+from llmc.backends.tvm.kernels import rows as row_kernels
 from llmc.backends.tvm.kernels.embedding import embedding, packed_embedding
 from llmc.backends.tvm.packing import pack
 from tests.backends.tvm.machine import DTYPES, V3, Array, Guarded, Kernel, f32, f64, needs_v3, same_bits, stored
+from tests.backends.tvm.paged import rotated
 from tests.tolerance import assert_as_good_as
 
 pytestmark = needs_v3
@@ -124,6 +126,96 @@ def test_elementwise(kind: str, width: int, count: int, tasks: int, rows_dim: in
     assert same_bits(y.array, expected)
 
 
+@pytest.mark.parametrize("kind", ["add", "multiply"])
+@pytest.mark.parametrize(("rows", "period"), [(1, 21), (3, 8), (2, 1)])
+def test_elementwise_with_a_vector(kind: str, rows: int, period: int) -> None:
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((5, rows, period)).astype(np.float32)
+    b = rng.standard_normal(period).astype(np.float32)
+    y = Guarded(a.shape, np.float32)
+    kernel = Kernel(getattr(elementwise, kind), V3, rows_dim=0, width=rows * period, period=period)
+    kernel([5], [a, b, y], 2)
+    assert same_bits(y.array, a + b if kind == "add" else a * b)
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("width", [20, 80])
+def test_norms_of_heads(kind: str, width: int) -> None:
+    """A token has as many rows as heads, each with a sum of its own."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 3, width)).astype(np.float32)
+    w, b = (rng.standard_normal(width).astype(np.float32) for _ in range(2))
+    vectors = [w, b] if kind == "layer_norm" else [w]
+    y, flat = Guarded(x.shape, np.float32), Guarded((12, width), np.float32)
+    Kernel(getattr(norm, kind), V3, rows_dim=0, hidden=width, eps=1e-5, heads=3)([4], [x, *vectors, y], 3)
+    Kernel(getattr(norm, kind), V3, rows_dim=0, hidden=width, eps=1e-5)([12], [x, *vectors, flat], 2)
+    assert same_bits(y.array.reshape(12, width), flat.array)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("queries", "query_width", "keys", "key_width"), [(3, 20, 1, 20), (1, 40, 1, 17)])
+def test_norms_in_a_joint_row(queries: int, query_width: int, keys: int, key_width: int, centred: bool) -> None:
+    """The bits of a norm of each piece; what follows is copied."""
+    rng = np.random.default_rng(0)
+    edge = queries * query_width
+    x = rng.standard_normal((4, edge + keys * key_width + 13)).astype(np.float32)
+    vectors = [rng.standard_normal(w).astype(np.float32) for w in (query_width, key_width) * (1 + centred)]
+    y = Guarded(x.shape, np.float32)
+    sizes = {"queries": queries, "query_width": query_width, "keys": keys, "key_width": key_width, "centred": centred}
+    Kernel(norm.norm_heads, V3, rows_dim=0, width=x.shape[1], eps=1e-5, **sizes)([4], [x, *vectors, y], 3)
+    want = x.copy()
+    for i, (begin, count, width) in enumerate(((0, queries, query_width), (edge, keys, key_width))):
+        columns = slice(begin, begin + count * width)
+        pieces = Guarded((4, count, width), np.float32)
+        kernel = Kernel(
+            norm.layer_norm if centred else norm.rms_norm, V3, rows_dim=0, hidden=width, eps=1e-5, heads=count
+        )
+        kernel([4], [np.ascontiguousarray(x[:, columns]), *vectors[i::2], pieces])
+        want[:, columns] = pieces.array.reshape(4, -1)
+    assert same_bits(y.array, want)
+
+
+@pytest.mark.parametrize("widths", [(3, 40), (8, 16, 1), (20, 7, 24, 9)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_concat(widths: tuple[int, ...], rows: int) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal((5, rows, w)).astype(np.float32) for w in widths]
+    y = Guarded((5, rows, sum(widths)), np.float32)
+    Kernel(columns.concat, V3, rows_dim=0, rows=rows, widths=",".join(map(str, widths)))([5], [*parts, y], 2)
+    assert same_bits(y.array, np.concatenate(parts, -1))
+
+
+@pytest.mark.parametrize(("start", "stop", "step"), [(0, 9, 1), (3, 24, 1), (1, 24, 2)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_columns(start: int, stop: int, step: int, rows: int) -> None:
+    x = np.random.default_rng(0).standard_normal((5, rows, 24)).astype(np.float32)
+    want = np.ascontiguousarray(x[..., start:stop:step])
+    y = Guarded(want.shape, np.float32)
+    sizes = {"rows": rows, "width": 24, "start": start, "count": want.shape[2], "step": step}
+    Kernel(columns.columns, V3, rows_dim=0, **sizes)([5], [x, y], 3)
+    assert same_bits(y.array, want)
+
+
+def test_repeat() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 2, 11)).astype(np.float32)
+    y = Guarded((5, 2, 3, 11), np.float32)
+    Kernel(columns.repeat, V3, rows_dim=0, rows=2, width=11, times=3)([5], [x, y], 2)
+    assert same_bits(y.array, np.ascontiguousarray(np.repeat(x[:, :, None], 3, 2)))
+
+
+@pytest.mark.parametrize(("rot_dim", "layout"), [(20, "half"), (8, "interleaved")])
+def test_rope(rot_dim: int, layout: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 3, 20)).astype(np.float32)
+    angle = rng.uniform(0, 6, (5, rot_dim // 2))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    y = Guarded(x.shape, np.float32)
+    kernel = Kernel(columns.rope, V3, rows_dim=0, heads=3, head_dim=20, rot_dim=rot_dim, layout=layout)
+    kernel([5], [x, cos, sin, y], 2)
+    truth = rotated(f64(x), f64(cos), f64(sin), rot_dim, layout)
+    assert_as_good_as(y.array, rotated(x, cos, sin, rot_dim, layout), truth)
+
+
 @pytest.mark.parametrize("width", [1, 7, 40])
 def test_unary(width: int) -> None:
     x = np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)
@@ -139,13 +231,13 @@ def test_gather_rows(width: int, tokens: int, outputs: int, tasks: int, seed: in
     x = rng.standard_normal((tokens, width)).astype(np.float32)
     chosen = rng.integers(0, tokens, outputs).astype(np.int32)
     y = Guarded((outputs, width), np.float32)
-    Kernel(rows.gather_rows, V3, width=width)([tokens, 1, 1, outputs], [x, chosen, y], tasks)
+    Kernel(row_kernels.gather_rows, V3, width=width)([tokens, 1, 1, outputs], [x, chosen, y], tasks)
     assert same_bits(y.array, x[chosen])
 
 
 def greedy(logits: Array, tasks: int = 1) -> list[int]:
     out = Guarded((len(logits),), np.int32)
-    Kernel(rows.argmax, V3, n=logits.shape[1])([9, 9, 9, len(logits)], [logits, out], tasks)
+    Kernel(row_kernels.argmax, V3, n=logits.shape[1])([9, 9, 9, len(logits)], [logits, out], tasks)
     return [int(i) for i in out.array]
 
 
