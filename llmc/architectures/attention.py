@@ -26,7 +26,7 @@ class Heads:
     Scores are q·k · `scale`, by default 1 / √head_dim. `window`, `soft_cap`: see the op `attention`; 0 for none.
     `sinks`: the name of the parameter with a logit for each head, or empty. `query_norm` and `key_norm` come before the
     rotation, over each head where they are as wide as one, else over all heads together. `rotated`: false for layers
-    without positions in a model that has them. `clip`: projections are cut to [-clip, clip]; 0 for none.
+    without positions in a model that has them.
     """
 
     name: str

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from llmc.architectures import loader
 from llmc.architectures.blocks import ROLES
 from llmc.architectures.context import Block
-from llmc.architectures.model import Model
+from llmc.architectures.model import Embedding, Head, Model
 from tests.fixtures import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "architectures.md"
@@ -18,13 +19,24 @@ FOLDER = Path(loader.__file__).parent
 
 
 def blocks() -> str:
-    """Every kind of block, with its fields and the first sentence of what it says of itself."""
-    rows = ["| role | kind | fields (those in brackets may be left out) | |", "|---|---|---|---|"]
+    """Every kind of block: its fields, and what it says of itself."""
+    text = []
+    for name, part in (("embedding", Embedding), ("head", Head)):
+        text += [f"### {name}", f"({', '.join(map(_shown, fields(part)))}) {_document(part)}"]
     for role, base in ROLES.items():
+        text += [f"### {role}", _document(base)]
+        shared: dict[type, list[str]] = {}
         for kind, block in sorted(base.kinds.items()):
-            sentence = " ".join((block.__doc__ or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
-            rows.append(f"| {role} | `{kind}` | {', '.join(map(_shown, fields(block)))} | {sentence} |")
-    return "\n".join(rows)
+            for parent in block.__mro__[1:]:
+                if is_dataclass(parent):
+                    shared.setdefault(parent, []).append(f"`{kind}`")
+            text.append(f"**`{kind}`** ({', '.join(map(_shown, fields(block)))}). {_document(block)}")
+        text += [f"Of {' and '.join(kinds)}: {_document(parent)}" for parent, kinds in shared.items()]
+    return "\n\n".join("\n".join(wrap(part, 120)) for part in text)
+
+
+def _document(block: type) -> str:
+    return " ".join((block.__doc__ or "").split())
 
 
 def family_row(name: str, model_type: str, model: Model, error: str) -> str:
@@ -49,8 +61,22 @@ def rewrite(title: str, table: str) -> None:
     page = PAGE.read_text(encoding="utf-8")
     head, rest = page.split(f"## {title}\n", 1)
     body, mark, tail = rest.partition("\n#")
-    kept = [p for p in body.strip("\n").split("\n\n") if not p.startswith("|")]
+    kept = [p for p in body.strip("\n").split("\n\n") if p and not p.startswith("|")]
     PAGE.write_text(f"{head}## {title}\n\n" + "\n\n".join([*kept, table]) + "\n" + mark + tail, encoding="utf-8")
+
+
+def blocks_of_page() -> str:
+    """The section on blocks that the page has."""
+    text = PAGE.read_text(encoding="utf-8")
+    return text.split("## The blocks\n", 1)[1].split("\n## ", 1)[0].strip("\n")
+
+
+def rewrite_blocks() -> None:
+    """Put the section on blocks anew."""
+    page = PAGE.read_text(encoding="utf-8")
+    head, rest = page.split("## The blocks\n", 1)
+    tail = rest.partition("\n## ")[2]
+    PAGE.write_text(f"{head}## The blocks\n\n{blocks()}\n\n## {tail}", encoding="utf-8")
 
 
 def rows_by_family() -> Mapping[str, str]:

@@ -66,5 +66,5 @@ def test_the_table_has_no_other_rows() -> None:
 
 def test_the_page_names_every_block(accept: bool) -> None:
     if accept:
-        table.rewrite("The blocks", table.blocks())
-    assert "\n".join(table.section("The blocks")) == table.blocks(), "run pytest --accept"
+        table.rewrite_blocks()
+    assert table.blocks_of_page() == table.blocks(), "run pytest --accept"
