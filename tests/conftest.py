@@ -45,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: this machine has none"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests recorded is part of what a run says."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if isinstance(report, pytest.TestReport) else ():
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """`compiled(model, **options)`: the package's folder; the same model and options are compiled once."""

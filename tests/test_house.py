@@ -16,7 +16,7 @@ LONG: dict[str, str] = {}
 
 ANYWHERE = (
     r"llama|mistral|mixtral|qwen|gemma|falcon|bloom|starcoder|deepseek|internlm|baichuan|stablelm|chatglm|minicpm"
-    r"|nemotron|smollm|exaone|pythia|mamba|jamba|rwkv|whisper|gpt[-_]?(?:2|j|oss)|neox|cohere|olmo|hunyuan|roberta|dbrx"
+    r"|nemotron|smollm|exaone|pythia|mamba|jamba|rwkv|whisper|gpt[-_]?(?:2|j|oss)|neox|cohere|olmo|hunyuan|roberta|dbrx|granite|ministral|tinyllama"
 )
 AS_A_WORD = r"bert|bart|t5|mpt|phi[-_]?[1-4]|glm|grok|yi"
 FAMILY = re.compile(rf"{ANYWHERE}|(?<![a-z0-9])(?:{AS_A_WORD})(?![a-z0-9])", re.IGNORECASE)

@@ -63,6 +63,8 @@ LONG_ROPE = {
 }
 
 FAMILIES = {
+    "llama, also TinyLlama and SmolLM": Family("llama", {**NAMES, "tie_word_embeddings": True}),
+    "gpt2": Family("gpt2", OLDER),
     "mistral": Family("mistral", {**NAMES, "head_dim": 12, "sliding_window": 7}),
     "mistral without a window": Family("mistral", {**NAMES, "sliding_window": None}),
     "qwen2": Family("qwen2", NAMES),

@@ -25,7 +25,7 @@ def blocks() -> str:
         text += [f"### {name}", f"({', '.join(map(_shown, fields(part)))}) {_document(part)}"]
     for role, base in ROLES.items():
         text += [f"### {role}", _document(base)]
-        shared: dict[type, list[str]] = {}
+        shared: dict[Any, list[str]] = {}
         for kind, block in sorted(base.kinds.items()):
             for parent in block.__mro__[1:]:
                 if is_dataclass(parent):
