@@ -58,7 +58,8 @@ class Buffers:
 
     def index(self, value: Value, entry: Placed) -> int:
         """The number of the buffer that holds a value."""
-        root = storage(value)
+        # A parameter is what its whole expression makes; what a step makes is where its views look.
+        root = value if value.node in entry.graph.parameter_only else storage(value)
         op = root.op
         row: dict[str, Any]
         outputs = {storage(v): name for name, v in entry.graph.outputs}

@@ -44,6 +44,27 @@ def test_a_package(family: str, tmp_path: Path, load: Callable[..., Any], accept
     check_row(family, folder, error, accept)
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "bloom", "deepseek_v2"])
+def test_16_bit_weights(family: str, tmp_path: Path, load: Callable[..., Any]) -> None:
+    """Packages hold the checks that were made for them."""
+    case = FAMILIES[family]
+    folder = save(make_model(case.model_type, seed=2, **case.config).bfloat16(), tmp_path / "model")
+    report = load(folder).verify()
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [("gemma2", "q8"), ("deepseek_v3", "q8"), ("falcon, key heads for groups", "q4"), ("qwen3_moe", "q4")],
+)
+def test_quantized_weights(family: str, quant: str, tmp_path: Path, load: Callable[..., Any]) -> None:
+    """In float32 beside the codes: what is left are roundings of the last place, which seldom change a code."""
+    case = FAMILIES[family]
+    model = load(save(make_model(case.model_type, seed=2, **case.config), tmp_path / "model"), quant=quant)
+    report = model.verify()
+    assert report.ok, str(report)
+
+
 def check_row(family: str, folder: Path, error: float, accept: bool) -> None:
     """docs/architectures.md has a row for the family that is still true."""
     case = FAMILIES[family]
