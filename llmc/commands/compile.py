@@ -26,7 +26,10 @@ def _gpu_formats() -> str:
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The package's folder.")],
-    name: Annotated[str | None, typer.Option(help="Import name; the folder's name by default.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Import name of the wheel. A folder is imported by its own name, which is the default."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is there.")] = False,
     wheel: Annotated[bool, typer.Option("--wheel", help="Also put a wheel beside the package.")] = False,
     target: Annotated[
