@@ -27,10 +27,17 @@ ENTRIES = ("prefill", "decode", "verify")
 FORMATS = ("text", "dot")
 
 
-def inspect(source: Path, after: str | None = None, entry: str | None = None, form: str = "text") -> str:
+def inspect(
+    source: Path,
+    after: str | None = None,
+    entry: str | None = None,
+    form: str = "text",
+    architecture: Path | None = None,
+) -> str:
     """The graph as imported; after the pass named `after` (its last run); or lowered, for the entry point `entry`.
 
-    `source` is a package's folder, a model's, or a configuration. Raises `LlmcError` naming the nearest valid choice.
+    `source` is a package's folder, a model's, or a configuration; `architecture` is a user's description of it. Raises
+    `LlmcError` naming the nearest valid choice.
     """
     if form not in FORMATS:
         raise LlmcError(f"--format {form}: {nearest(form, FORMATS)}")
@@ -44,7 +51,7 @@ def inspect(source: Path, after: str | None = None, entry: str | None = None, fo
     else:
         made = read_manifest(source)["quantization"] if packaged else {"kv": "f16"}
         kv, quant = DType(made["kv"]), of_manifest(made)
-        imported = None if packaged else import_model(source)
+        imported = None if packaged else import_model(source, architecture=architecture)
         graph = imported.graph if imported else read_graph(source, "model")
         if after is not None:
             graph = run_until(graph, after, kv, quant)

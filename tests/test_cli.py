@@ -77,6 +77,16 @@ def test_verify_against_the_source(package: Path, llmc: Llmc) -> None:
     assert report["top1"] == 1.0 and report["kl"] < 1e-5
 
 
+@pytest.mark.parametrize("command", [("verify", "{package}", "--against", PICOCODE), ("inspect", PICOCODE)])
+def test_a_description_of_ones_own(command: tuple[str, ...], package: Path, tmp_path: Path, llmc: Llmc) -> None:
+    """What was compiled with a description is compared and looked at with it."""
+    (tmp_path / "mine.toml").write_text('extends = "llama"\nmodel_types = ["mine"]\n')
+    words = [package if word == "{package}" else word for word in command]
+    assert llmc(*words, "--architecture", tmp_path / "mine.toml")[0] == 0
+    status, _, err = llmc(*words, "--architecture", tmp_path / "none.toml")
+    assert status == 2 and "cannot read the description" in err
+
+
 def test_verify_names_the_first_divergent_node(package: Path, tmp_path: Path, llmc: Llmc) -> None:
     """Weights whose third layer's down projection was zeroed, and the hashes made to fit."""
     broken = Path(shutil.copytree(package, tmp_path / "broken"))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmc.architectures.context import Block, Context
 from llmc.architectures.norms import NO_NORM, Norm
 from llmc.architectures.settings import ZERO, ConfigurationError, Count
-from llmc.ir.errors import nearest
 from llmc.ir.op import Value
 from llmc.ir.ops import attention as attention_ops
 from llmc.ir.ops.rope import Rope
-
-_LAYOUTS = ("parts", "groups")
 
 
 class Attention(Block):
@@ -115,14 +113,7 @@ class FusedAttention(Heads, Attention, kind="fused"):
     """
 
     qkv: str = "qkv_proj"
-    layout: str = "parts"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layout not in _LAYOUTS:
-            raise ConfigurationError(
-                f"there is no layout {self.layout!r} of a fused projection; {nearest(self.layout, _LAYOUTS)}"
-            )
+    layout: Literal["parts", "groups"] = "parts"
 
     def __call__(self, c: Context, x: Value) -> Value:
         wide, narrow = self.num_heads * self.head_dim, self.key_value_width

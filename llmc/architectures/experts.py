@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmc.architectures.context import Context
 from llmc.architectures.mlp import Mlp
@@ -29,12 +30,12 @@ class Routed:
     experts_per_token: int
     expert_size: int
     router_bias: bool = False
-    scoring: str = "softmax"
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = False
     routed_scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
-    group_score: str = "max"
+    group_score: Literal["max", "top2"] = "max"
     selection_bias: str = ""
     shared: Mlp | None = None
     shared_gate: str = ""

@@ -7,15 +7,20 @@ does not hold, the table under `otherwise` is laid over it, or, if there is none
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmc.architectures.context import Block
+from llmc.architectures.expression import shown
 from llmc.architectures.rope import RopeParameters, RopeType, read_rope
 from llmc.architectures.settings import ConfigurationError, Settings, convert
 from llmc.ir.errors import LlmcError, nearest
+
+_PLACEHOLDERS = ("layer", "expert")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 class DescriptionError(LlmcError):
@@ -32,7 +37,8 @@ class Filler:
     def fill(self, kind: type, table: object, where: str) -> Any:
         """A block of a kind from its table. Raises `DescriptionError` and `ConfigurationError`."""
         if not isinstance(table, dict):
-            raise DescriptionError(f"{where} must be a table")
+            example = "{ kind = '…', name = '…' }" if issubclass(kind, Block) else "{ name = '…' }"
+            raise DescriptionError(f"{where} must be a table such as {example}, given {shown(table)}")
         if issubclass(kind, Block):
             kind, table = self._kind(kind, table, where)
         assert is_dataclass(kind)
@@ -73,10 +79,13 @@ class Filler:
             return MISSING
         if field.name in table:
             given = table[field.name]
-            if isinstance(given, str) and hint is not str:
+            if isinstance(given, str) and not _is_text(hint):
                 place = self._key(given) if given in settings else place
                 given = settings.evaluate(given, place)
-            return convert(given, hint, place)
+            value = convert(given, hint, place)
+            if hint is str:
+                _check_placeholders(value, place)
+            return value
         if field.name in settings:
             return convert(settings.get(field.name), hint, self._key(field.name))
         if field.default is MISSING:
@@ -140,6 +149,18 @@ def merged(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def _check_placeholders(name: str, place: str) -> None:
+    """What stands in braces is replaced later; a misspelt one would be looked for in the checkpoint as it is."""
+    for found in _PLACEHOLDER.findall(name):
+        if found not in _PLACEHOLDERS:
+            raise DescriptionError(f"{place}: {name!r} has {{{found}}}; {nearest(found, _PLACEHOLDERS)}")
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a field's texts are taken as they stand; those of all others are expressions."""
+    return hint is str or get_origin(hint) is Literal
 
 
 def _plain(hint: Any) -> Any:

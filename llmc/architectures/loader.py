@@ -157,6 +157,7 @@ def parse_description(data: bytes, source: str) -> Description:
         if not isinstance(values, list):
             raise DescriptionError(f"{source}, [neutral]: {key!r} must be a list of the values that change nothing")
     rules = _rules(table.get("config", {}), source)
+    _check_names(rules, source)
     blocks = {k: table[k] for k in _BLOCK_TABLES if k in table}
     _, ignored, unused, requires = (_texts(table, name, source) for name in texts)
     own = tuple(name for name in rules if rules[name] != inherited.get(name))
@@ -200,10 +201,27 @@ def _rules(table: Any, source: str) -> dict[str, Rule]:
     return {name: _rule(name, entry, f"{source}, [config], {name!r}") for name, entry in table.items()}
 
 
+def _check_names(rules: Mapping[str, Rule], source: str) -> None:
+    """Every `otherwise` asks for values that there are, whether or not a configuration at hand comes to it."""
+    for name, rule in rules.items():
+        for asked in sorted(names(rule.otherwise or "") - {LAYER, *rules}):
+            raise DescriptionError(
+                f"{source}, [config], {name!r}: [config] names no value {asked!r}; {nearest(asked, rules)}"
+            )
+        for word, value in (("default", rule.default), ("null", rule.null)):
+            if isinstance(value, str) and value in rules:
+                raise DescriptionError(
+                    f"{source}, [config], {name!r}: {word!r} is taken as it stands, as the text {value!r}; the value of"
+                    " that name takes 'otherwise'"
+                )
+
+
 def _rule(name: str, entry: Any, where: str) -> Rule:
     entry = {"key": entry} if isinstance(entry, str) else entry
-    allowed = {"key", "default", "null", "otherwise", "per_layer"}
-    if not isinstance(entry, dict) or not set(entry) <= allowed or not {"key", "otherwise"} & set(entry):
+    allowed = ("key", "default", "null", "otherwise", "per_layer")
+    if isinstance(entry, dict) and (wrong := sorted(set(entry) - set(allowed))):
+        raise DescriptionError(f"{where}: there is no {wrong[0]!r}; {nearest(wrong[0], allowed)}")
+    if not isinstance(entry, dict) or not {"key", "otherwise"} & set(entry):
         raise DescriptionError(f"{where} must be a key's name or {{ key, default | otherwise, null, per_layer }}")
     if name == LAYER:
         raise DescriptionError(f"{where}: {LAYER!r} is the number of a layer already")

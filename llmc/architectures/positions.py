@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,14 +29,15 @@ class Positions(Block):
 class RotaryPositions(Positions, kind="rotary"):
     """Rotary embedding (Su et al., 2021) of queries and keys; nothing is added to the embeddings.
 
-    `layout` is `half` or `interleaved` (see the op `rope`); `ends`: beyond the trained length the model does something
-    else, so that sequences may not be longer.
+    `layout` says which elements form a pair: i and i + rotary_dim / 2 (`half`), or 2i and 2i + 1 (`interleaved`).
+    `rotary_dim`: how many elements of a head are rotated, by default what `partial_rotary_factor` says. `ends`: beyond
+    the trained length the model does something else, so that sequences may not be longer.
     """
 
     name: str
     head_dim: int
     rope: RopeParameters
-    layout: str = "half"
+    layout: Literal["half", "interleaved"] = "half"
     rotary_dim: int | None = None
     ends: bool = False
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NewType
+from typing import Any, Literal, NewType, get_args, get_origin
 
 from llmc.architectures.expression import ConfigurationError, evaluate, expressions, finite, names, shown
 from llmc.ir.errors import nearest
@@ -88,7 +88,8 @@ class Settings:
             self._open.pop()
             return value
         if rule.default is None:
-            raise ConfigurationError(f"{self.source}: the key {rule.keys[0]!r} is missing")
+            why = "" if rule.keys[0] == name else f", which [config] reads for {name!r}"
+            raise ConfigurationError(f"{self.source}: the key {rule.keys[0]!r} is missing{why}")
         return rule.default
 
     def take(self, key: str) -> Any:
@@ -128,8 +129,16 @@ class Settings:
 
     def evaluate(self, expression: str, where: str) -> Any:
         """The value of an expression of named values (see `expression`)."""
+
+        def named(name: str) -> Any:
+            if name == LAYER and self._layer is None:
+                raise ConfigurationError(f"{where}: {LAYER!r}, the number of a layer, is known inside [layer] alone")
+            if name != LAYER and name not in self.rules:
+                raise ConfigurationError(f"{where}: [config] names no value {name!r}; {nearest(name, self.rules)}")
+            return self.get(name)
+
         self.mention(expression)
-        return evaluate(expression, self.get, where)
+        return evaluate(expression, named, where)
 
     def _of_layer(self, name: str, value: Any) -> Any:
         key, count = self.origin(name), self.get("num_layers")
@@ -150,11 +159,11 @@ class Settings:
             known = key if key in neutral else inner
             if known not in neutral:
                 close = get_close_matches(key, sorted(self.taken | set(neutral)), n=1, cutoff=0.0)
+                near = f"; the nearest key that it understands is {close[0]!r}" if close else ""
                 raise ConfigurationError(
-                    f"{self.source}: the key {key!r} (= {shown(value)}) is not understood and may change what the model"
-                    f" computes; the nearest key that the description of {family!r} understands is {close[0]!r}"
-                    if close
-                    else f"{self.source}: the key {key!r} (= {shown(value)}) is not understood"
+                    f"{self.source}: the key {key!r} (= {shown(value)}) is not understood by the description of"
+                    f" {family!r} and may change what the model computes{near}. A description reads a key in [config],"
+                    " or lists it in 'ignored' or, with the values that change nothing, in 'neutral'"
                 )
             if not any(type(value) is type(allowed) and value == allowed for allowed in neutral[known]):
                 allowed = " or ".join(map(shown, neutral[known])) or "null"
@@ -174,8 +183,13 @@ class Settings:
 
 
 def convert(value: Any, kind: object, where: str) -> Any:
-    """A configuration's value as an int (a size: 1 to 2^24), `Count` (0 to 2^24), float, bool or str. Raises naming
-    `where` it stands."""
+    """A configuration's value as an int (a size: 1 to 2^24), `Count` (0 to 2^24), float, bool, str or one of the texts
+    of a `Literal`. Raises naming `where` it stands."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = " or ".join(map(repr, get_args(kind)))
+            raise ConfigurationError(f"{where} must be {choices}, given {shown(value)}")
+        return value
     if kind is int or kind is Count:
         least, wanted = (1, "a positive integer") if kind is int else (0, "an integer of 0 or more")
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -190,5 +204,7 @@ def convert(value: Any, kind: object, where: str) -> Any:
     assert isinstance(kind, type)
     if not isinstance(value, kind):
         what = "true or false" if kind is bool else "text"
-        raise ConfigurationError(f"{where} must be {what}, given {shown(value)}")
+        # A configuration's list of zeros and ones is no mistake of the configuration.
+        hint = "; a comparison makes a flag of a number: 'x == 1'" if kind is bool and isinstance(value, int) else ""
+        raise ConfigurationError(f"{where} must be {what}, given {shown(value)}{hint}")
     return value

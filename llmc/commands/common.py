@@ -18,6 +18,7 @@ Model = Annotated[
     ),
 ]
 Package = Annotated[Path, typer.Argument(metavar="DIR", help="A package that 'llmc compile' wrote.")]
+Architecture = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.commands.common import Json, Model, error_console, print_json
+from llmc.commands.common import Architecture, Json, Model, error_console, print_json
 from llmc.driver import compile_model
 from llmc.ir.quant import FORMATS
 from llmc.ir.target import GPU_VARIANTS
@@ -26,7 +26,10 @@ def _gpu_formats() -> str:
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The package's folder.")],
-    name: Annotated[str | None, typer.Option(help="Import name; the folder's name by default.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Import name of the wheel. A folder is imported by its own name, which is the default."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is there.")] = False,
     wheel: Annotated[bool, typer.Option("--wheel", help="Also put a wheel beside the package.")] = False,
     target: Annotated[
@@ -49,7 +52,7 @@ def command(
     kv_quant: Annotated[
         str | None, typer.Option(help=f"KV cache dtype: none, {', '.join(CPU_KV_DTYPES)}; GPU only: fp8.")
     ] = None,
-    architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
+    architecture: Architecture = None,
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="For timing and analysis.")] = False,
     dump_ir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the graph after every pass.")] = None,

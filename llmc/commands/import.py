@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.commands.common import Json, Model, print_json
+from llmc.commands.common import Architecture, Json, Model, print_json
 from llmc.import_report import report_import
 
 EXAMPLE = "llmc import examples/picocode"
@@ -15,7 +15,7 @@ EXAMPLE = "llmc import examples/picocode"
 
 def command(
     model: Model,
-    architecture: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Your own model description.")] = None,
+    architecture: Architecture = None,
     max_sequence_length: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Do not read weights.")] = False,
     dump: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the graph after every pass.")] = None,

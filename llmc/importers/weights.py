@@ -144,7 +144,8 @@ class CheckpointParameters(_Source):
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
             raise ImportFailure(
                 f"{self._tensors[idle[0]].file}: the model does not use the tensor"
-                f" {', '.join(map(repr, idle[:3]))}{more}; a description lists such tensors in unused_tensors"
+                f" {', '.join(map(repr, idle[:3]))}{more}; the description lacks a block or a bias that"
+                " reads it, or, if nothing does, its name in 'unused_tensors'"
             )
         return super().weights()
 

@@ -57,12 +57,13 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify_package(folder: Path, against: Path | None) -> Verification:
-    """Run the package's own checks; with a source model, compare logits and every node's results with float64."""
+def verify_package(folder: Path, against: Path | None, architecture: Path | None = None) -> Verification:
+    """Run the package's own checks; with a source model, compare logits and every node's results with float64.
+    `architecture`: the description of the source model that the package was compiled with, where it is the user's."""
     model = open_package(folder).load()
     result = Verification(model.verify())
     if against is not None:
-        imported = import_model(against)
+        imported = import_model(against, architecture=architecture)
         tolerance = result.checks.tolerance
         _compare_logits(model, imported.graph, imported.weights.load, result)
         result.divergent = first_divergent(model, read_graph(folder, "prefill"), imported.weights.load, tolerance)

@@ -125,6 +125,18 @@ FAMILIES = {
          "swiglu_limit": 0.7, "layer_types": [SLIDING, FULL, SLIDING],
          **rope("yarn", factor=4.0, original_max_position_embeddings=24, truncate=False)},
     ),
+    "glm4": Family("glm4", {**NAMES, "head_dim": 20, "attention_bias": True, "pad_token_id": 0}),
+    "glm4, yarn, tied": Family(
+        "glm4",
+        {**NAMES, "head_dim": 20, "attention_bias": False, "tie_word_embeddings": True, "pad_token_id": 0,
+         **rope("yarn", partial_rotary_factor=0.3, factor=4.0, original_max_position_embeddings=24)},
+    ),
+    "smollm3": Family("smollm3", {**NAMES, "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "smollm3, windows and biases": Family(
+        "smollm3",
+        {**NAMES, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 7, "attention_bias": True,
+         "mlp_bias": True, "tie_word_embeddings": False, "pad_token_id": 0},
+    ),
     "gpt_bigcode": Family("gpt_bigcode", {**OLDER, "n_inner": 92}),
     "gpt_bigcode, key heads for all": Family("gpt_bigcode", {**OLDER, "multi_query": False}),
 }  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmc.architectures import loader
 from llmc.architectures.blocks import ROLES
@@ -17,12 +18,18 @@ from tests.fixtures import REPOSITORY
 PAGE = REPOSITORY / "docs" / "architectures.md"
 FOLDER = Path(loader.__file__).parent
 
+_INTRODUCTION = (
+    "In parentheses a block's fields: in brackets what may be left out, with its default, if it has one, and after `or`"
+    " the other texts that it may be. `rope` is read from the configuration and stands in no table. Ops that are named"
+    " here are described in `llmc/ir/ops/`."
+)
+
 
 def blocks() -> str:
     """Every kind of block: its fields, and what it says of itself."""
-    text = []
+    text = [_INTRODUCTION]
     for name, part in (("embedding", Embedding), ("head", Head)):
-        text += [f"### {name}", f"({', '.join(map(_shown, fields(part)))}) {_document(part)}"]
+        text += [f"### {name}", f"({_fields(part)}) {_document(part)}"]
     for role, base in ROLES.items():
         text += [f"### {role}", _document(base)]
         shared: dict[Any, list[str]] = {}
@@ -30,7 +37,7 @@ def blocks() -> str:
             for parent in block.__mro__[1:]:
                 if is_dataclass(parent):
                     shared.setdefault(parent, []).append(f"`{kind}`")
-            text.append(f"**`{kind}`** ({', '.join(map(_shown, fields(block)))}). {_document(block)}")
+            text.append(f"**`{kind}`** ({_fields(block)}). {_document(block)}")
         text += [f"Of {' and '.join(kinds)}: {_document(parent)}" for parent, kinds in shared.items()]
     return "\n\n".join("\n".join(wrap(part, 120)) for part in text)
 
@@ -84,8 +91,19 @@ def rows_by_family() -> Mapping[str, str]:
     return {line.split("|")[1].strip(): line for line in section("The families")[2:]}
 
 
-def _shown(field: Any) -> str:
-    return field.name if field.default is MISSING else f"[{field.name}]"
+def _fields(block: Any) -> str:
+    """What a block's table may say: in brackets what may be left out, with its default and the other choices."""
+    hints = get_type_hints(block)
+    return ", ".join(_shown(field, hints[field.name]) for field in fields(block))
+
+
+def _shown(field: Any, hint: Any) -> str:
+    if field.default is MISSING:
+        return str(field.name)
+    if not isinstance(field.default, bool | int | float | str) or field.default == "":
+        return f"[{field.name}]"
+    others = [choice for choice in get_args(hint) if choice != field.default] if get_origin(hint) is Literal else []
+    return f"[{field.name} = {' or '.join(json.dumps(choice) for choice in (field.default, *others))}]"
 
 
 def _kinds(block: Any) -> Iterator[str]:
