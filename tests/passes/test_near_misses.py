@@ -85,8 +85,8 @@ def test_norms() -> None:
     assert centred.op.name == "sub"
     context = PassContext()
     after = read_pipeline("fuse-norm").run(b.graph({"gated": gated, "out": inner, "centred": centred}), context)
-    assert counts(after)["layer_norm"] == 0
-    assert "its inner value is also used by a result of the graph" in str(context.refusals["layer-norm"][0])
+    # What it computes on the way is needed elsewhere too: that is computed once more.
+    assert counts(after)["layer_norm"] == 1 and "sub" in counts(after)
     assert "no vector" in " ".join(map(str, context.refusals["rms-norm"]))
 
 
