@@ -34,7 +34,7 @@ from llmc.backends.triton.products import ProductCall, product_kernel
 from llmc.backends.triton.tiling import Tunings
 from llmc.ir.op import Node, Op, Value
 from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Cast, Mul, MulScalar
+from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Cast, Mul, MulScalar, Tanh
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.rope import RotaryTable
 from llmc.ir.ops.shape import GatherRows
@@ -283,7 +283,7 @@ def _activation(name: str) -> _Choose:
     return lambda op, node, step: _elementwise(name, node, step)
 
 
-for _name, _kind in ACTIVATIONS.items():
+for _name, _kind in (*ACTIVATIONS.items(), ("tanh", Tanh)):
     _TABLE[_kind] = _activation(_name)
 
 

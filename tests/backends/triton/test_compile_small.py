@@ -28,6 +28,7 @@ SPECS: tuple[KernelSpec, ...] = (
     elementwise_spec(operation="add", width=4096, x_dtype="f32", y_dtype="bf16", out_dtype="f32", rows_dim=0),
     elementwise_spec(operation="gelu_erf", width=11008, x_dtype="f32", out_dtype="bf16", rows_dim=0),
     elementwise_spec(operation="gelu_tanh", width=11008, x_dtype="bf16", out_dtype="bf16", rows_dim=0),
+    elementwise_spec(operation="tanh", width=256000, x_dtype="f32", out_dtype="f32", rows_dim=3),
     select_token_spec(vocab=128256),
 )
 

@@ -19,7 +19,7 @@ from llmc.ir.graph import Graph, Leaf, Param
 from llmc.ir.interpret import interpret
 from llmc.ir.op import Array, Emitter, Node, Value
 from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.elementwise import Tanh
+from llmc.ir.ops.elementwise import Erf
 from llmc.ir.ops.experts import Experts
 from llmc.ir.ops.linear import GatedLinear
 from llmc.ir.text import parse
@@ -119,10 +119,10 @@ def test_a_gated_product_with_a_bias_stays_in_its_format(format: str) -> None:
 
 def test_what_has_no_kernel_is_named() -> None:
     b = Emitter()
-    b.loc = "layers.3.cap"
-    message = r"^no GPU kernel for tanh\(f32\[tokens, 40\]\) at layers.3.cap, a primitive op$"
+    b.loc = "layers.3.gate"
+    message = r"^no GPU kernel for erf\(f32\[tokens, 40\]\) at layers.3.gate, a primitive op$"
     with pytest.raises(NoKernel, match=message):
-        lower(of_one_value(b(Tanh(), ROWS)), DType.BF16)
+        lower(of_one_value(b(Erf(), ROWS)), DType.BF16)
 
 
 def test_a_product_of_groups_has_no_kernel() -> None:
