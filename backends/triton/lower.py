@@ -19,6 +19,7 @@ from llmc.backends.triton.ops import (
     RoundedNorm,
     SelectTokens,
     narrow,
+    takes_norm,
     wide,
 )
 from llmc.backends.triton.packing_ops import OrderRows
@@ -31,7 +32,7 @@ from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear
-from llmc.ir.ops.norm import LayerNorm, RmsNorm
+from llmc.ir.ops.norm import LayerNorm, NormHeads, RmsNorm
 from llmc.ir.ops.quantized import DequantizeWeight, QuantizedEmbedding
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
@@ -109,6 +110,8 @@ class _Lowering(Lowering):
             return self._append(b, node, op, inputs)
         if isinstance(op, Reshape):  # the same memory
             return b.make(op, inputs).results
+        if isinstance(op, NormHeads) and self._joins_append(node, op):
+            return b.make(op, tuple(wide(b, v) for v in inputs)).results
         if isinstance(op, RmsNorm | LayerNorm):
             x, *vectors = inputs
             norm = RoundedNorm(op.eps, self._dtype(node), isinstance(op, LayerNorm))
@@ -169,7 +172,15 @@ class _Lowering(Lowering):
             x, bias = qkv.node.inputs[0], qkv.node.inputs[product.rest_at :]
             blocks = self._blocks(b, node.inputs[0].node.inputs[1], made)
             return b.make(made, (x, *blocks, *(b(made.order, v) for v in bias), *rest)).results
-        return b.make(RoundedAppend(*heads, op.scaled, self._dtype(node)), (wide(b, qkv), *rest)).results
+        rounded = RoundedAppend(*heads, op.scaled, self._dtype(node))
+        if isinstance(qkv.op, NormHeads):
+            return b.make(rounded.after(qkv.op), (*qkv.node.inputs, *rest)).results
+        return b.make(rounded, (wide(b, qkv), *rest)).results
+
+    def _joins_append(self, node: Node, op: NormHeads) -> bool:
+        """Whether a norm becomes part of the appends that read it."""
+        readers = [n.op for n, _ in self.graph.uses.get(node.results[0], ())]
+        return bool(readers) and all(isinstance(r, RopeAppend | QkvAppend) and takes_norm(r, op) for r in readers)
 
     def _embedding(
         self, b: Emitter, node: Node, op: Embedding | QuantizedEmbedding, inputs: tuple[Value, ...]

@@ -10,6 +10,7 @@ from llmc.backends.triton.blocks import natural_weight
 from llmc.backends.triton.packing_ops import OrderRows
 from llmc.ir.op import Array, Cost, Emitter, Op, Value
 from llmc.ir.ops.cache import QkvAppend, RopeAppend, state_count
+from llmc.ir.ops.norm import NormHeads
 from llmc.ir.types import DType, TensorType
 
 
@@ -184,8 +185,9 @@ class BlockAppend(_Product):
 
 @dataclass(frozen=True)
 class RoundedAppend(Op):
-    """`rope_append` (`qkv_append` where `rotary_dim` is 0) whose queries are rounded to `dtype`. Operands: qkv f32
-    [m, (num_heads + 2 · num_kv_heads) · head_dim], [cos, sin], slot_mapping, the states; results: q, the new states."""
+    """`rope_append` (`qkv_append` where `rotary_dim` is 0) whose queries are rounded to `dtype`; with `norm_eps` after
+    `norm_heads`, which takes all heads together where `whole`. Operands: qkv f32 [m, (num_heads + 2 · num_kv_heads) ·
+    head_dim], [norm's vectors f32], [cos, sin], slot_mapping, the states; results: q, the new states."""
 
     num_heads: int
     num_kv_heads: int
@@ -194,6 +196,9 @@ class RoundedAppend(Op):
     layout: str
     scaled: bool
     dtype: DType
+    norm_eps: float | None = None
+    centred: bool = False
+    whole: bool = False
 
     stage = "step"
 
@@ -202,17 +207,58 @@ class RoundedAppend(Op):
         """Queries and the states."""
         return 1 + state_count(self.scaled)
 
+    def after(self, norm: NormHeads) -> RoundedAppend:
+        """The op with a norm before it, for which `takes_norm` holds."""
+        whole = norm.query_width != self.head_dim
+        return replace(self, norm_eps=norm.eps, centred=norm.centred, whole=whole)
+
+    @property
+    def norm(self) -> NormHeads | None:
+        """Of the queries and keys."""
+        if self.norm_eps is None:
+            return None
+        return NormHeads(self.norm_eps, *_pieces(self, self.whole), self.centred)
+
+    @property
+    def rest_at(self) -> int:
+        """Which operand comes after the norm's vectors."""
+        return 1 if self.norm_eps is None else 5 if self.centred else 3
+
+    @property
+    def states_at(self) -> int:
+        """Which operand the state of keys is."""
+        return self.rest_at + (3 if self.rotary_dim else 1)
+
     @property
     def updates(self) -> Mapping[int, int]:  # type: ignore[override]
         """See `Op`."""
-        first = 4 if self.rotary_dim else 2
-        return {first + i: 1 + i for i in range(state_count(self.scaled))}
+        return {self.states_at + i: 1 + i for i in range(state_count(self.scaled))}
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        return appended(b, self, self.scaled, *values)
+        qkv, norm = values[0], self.norm
+        if norm is not None:
+            qkv = b.one(norm, *values[: self.rest_at])
+        return appended(b, self, self.scaled, qkv, *values[self.rest_at :])
 
     def cost(self, *types: TensorType) -> Cost:
-        return _append_of(self, self.scaled).cost(*types)
+        plain = _append_of(self, self.scaled).cost(types[0], *types[self.rest_at :])
+        if self.norm is None:
+            return plain
+        flops = self.norm.cost(*types[: self.rest_at]).flops
+        vectors = sum(t.bytes for t in types[1 : self.rest_at])
+        return Cost(plain.flops + flops, plain.bytes_read + vectors, plain.bytes_written)
+
+
+def takes_norm(op: RopeAppend | QkvAppend, norm: NormHeads) -> bool:
+    """Whether the norm is over each head, or over all together, of what is appended."""
+    pieces = (norm.queries, norm.query_width, norm.keys, norm.key_width)
+    return pieces in (_pieces(op, False), _pieces(op, True))
+
+
+def _pieces(op: RopeAppend | QkvAppend | RoundedAppend, whole: bool) -> tuple[int, int, int, int]:
+    """How many pieces of the queries are normalised, how wide one is, and the same of the keys."""
+    heads, keys, width = op.num_heads, op.num_kv_heads, op.head_dim
+    return (1, heads * width, 1, keys * width) if whole else (heads, width, keys, width)
 
 
 def _natural(b: Emitter, op: BlockAppend, bias: Value) -> Value:

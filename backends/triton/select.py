@@ -208,9 +208,13 @@ def _product(
 
 @_kernel(RoundedAppend)
 def _rounded_append(op: RoundedAppend, node: Node, step: Step) -> Selected:
-    qkv, state = node.inputs[0].type, node.inputs[4 if op.rotary_dim else 2].type
+    qkv, state = node.inputs[0].type, node.inputs[op.states_at].type
     heads = (op.num_heads, op.num_kv_heads, op.head_dim, op.rotary_dim, op.layout)
-    spec = rope_append.append_spec(*heads, qkv.dtype.value, op.dtype.value, state.dtype.value, _width(state))
+    norm: dict[str, Any] = {}
+    if op.norm_eps is not None:
+        norm = {"norm": "layer" if op.centred else "rms", "norm_eps": op.norm_eps, "whole": op.whole}
+    dtypes = (qkv.dtype.value, op.dtype.value, state.dtype.value)
+    spec = rope_append.append_spec(*heads, *dtypes, _width(state), **norm)
     return Selected(spec, (*node.inputs, node.results[0]), rope_append.grid(spec, step.tokens))
 
 
