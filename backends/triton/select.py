@@ -220,10 +220,10 @@ def _rounded_append(op: RoundedAppend, node: Node, step: Step) -> Selected:
 
 @_kernel(PagedAttention)
 def _attention(op: PagedAttention, node: Node, step: Step) -> Selected | None:
-    if op.alibi or op.value_dim:
+    if op.value_dim:
         return None
     q, key = node.inputs[0].type.dtype.value, node.inputs[1].type
-    meant = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "soft_cap", "sinks")
+    meant = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "soft_cap", "alibi", "sinks")
     told: dict[str, Any] = {name: getattr(op, name) for name in meant}
     states: dict[str, Any] = {
         "dtype": q,

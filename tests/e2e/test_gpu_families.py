@@ -56,6 +56,7 @@ def test_a_package(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("family", WITHOUT_KERNELS)
 def test_what_has_no_kernel_is_refused(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts and latents."""
     case = FAMILIES[family]
     folder = save(make_model(case.model_type, **two_layers(family)), tmp_path / "model")
     with pytest.raises(NoKernel, match=f"^no GPU kernel for {WITHOUT_KERNELS[family]}"):
