@@ -9,6 +9,7 @@ from typing import Any
 from llmc.backends.dynamic_rotary import absorbed, dynamic_table
 from llmc.backends.lowering import Lowering
 from llmc.backends.triton.blocks import block_weight, packed_codes
+from llmc.backends.triton.fuse import fuse_ends
 from llmc.backends.triton.ops import (
     SAMPLING_WORDS,
     BlockAppend,
@@ -48,7 +49,7 @@ def lower(graph: Graph, compute: DType) -> Graph:
     lowered = graph.map(lowering.node)
     inputs = (*lowered.inputs, *([lowering.sampling] if lowering.sampling else []))
     outputs = (*lowered.outputs, *([("chosen", lowering.chosen)] if lowering.chosen else []))
-    return lowered.map(inputs=inputs, outputs=outputs)
+    return fuse_ends(lowered.map(inputs=inputs, outputs=outputs))
 
 
 def entry_graph(name: str, graph: Graph) -> Graph:
@@ -65,7 +66,7 @@ def _norm_into_product(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ..
     b.loc = node.loc
     norm = inputs[0].op if inputs else None
     product = isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
-    if product and isinstance(norm, RoundedNorm) and not norm.centred:
+    if product and isinstance(norm, RoundedNorm) and not norm.centred and not norm.residual:
         assert isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
         fused = replace(node.op, norm_eps=norm.eps)
         return b.make(fused, (*inputs[0].node.inputs, *inputs[1:])).results
@@ -241,7 +242,7 @@ def _expects_kernel(b: Emitter, op: RopeAppend | QkvAppend | PagedAttention) -> 
 
 def _plain(op: BlockLinear) -> bool:
     """Whether nothing follows the product but a bias."""
-    return op.activation == "none" and not op.residual
+    return op.activation == "none" and not op.residual and op.factor == 1.0 and not op.soft_cap
 
 
 def _format(weight: Value) -> str:

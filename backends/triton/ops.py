@@ -28,18 +28,21 @@ def narrow(b: Emitter, x: Value, dtype: DType) -> Value:
 
 @dataclass(frozen=True)
 class RoundedNorm(Op):
-    """`rms_norm`, or `layer_norm` where `centred`, rounded to `dtype`. Operands: x f32 [m, n], weight f32 [n],
-    [bias f32 [n]] if `centred`."""
+    """`rms_norm`, or `layer_norm` where `centred`, to which a residual is added where there is one, rounded to `dtype`.
+    Operands: x f32 [m, n], weight f32 [n], [bias f32 [n]] if `centred`, [residual f32 [m, n]]."""
 
     eps: float
     dtype: DType
     centred: bool = False
+    residual: bool = False
 
     stage = "step"
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
+        vectors = 2 + self.centred
         norm = b.layer_norm if self.centred else b.rms_norm
-        return narrow(b, norm(*values, eps=self.eps), self.dtype)
+        y = norm(*values[:vectors], eps=self.eps)
+        return narrow(b, b.add(y, values[vectors]) if self.residual else y, self.dtype)
 
 
 class _Product(Op, abstract=True):
@@ -84,7 +87,8 @@ class _Product(Op, abstract=True):
 
 @dataclass(frozen=True)
 class BlockLinear(_Product):
-    """`linear` over a weight in blocks. Further operands: bias f32 [rows], residual f32 [m, rows] where they are."""
+    """`linear` over a weight in blocks, times `factor`, and then no larger than `soft_cap` (see `attention`; 0 for no
+    limit), before the residual is added. Further operands: bias f32 [rows], residual f32 [m, rows] where they are."""
 
     format: str
     rows: int
@@ -95,11 +99,20 @@ class BlockLinear(_Product):
     norm_eps: float | None
     compute: DType
     dtype: DType
+    factor: float = 1.0
+    soft_cap: float = 0.0
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
-        rest = values[self.rest_at :]
-        options = {"bias": self.bias, "activation": self.activation, "residual": self.residual}
-        return narrow(b, b.linear(*self.product_operands(b, values), *rest, **options), self.dtype)
+        at = self.rest_at + self.bias
+        options = {"bias": self.bias, "activation": self.activation}
+        y = b.linear(*self.product_operands(b, values), *values[self.rest_at : at], **options)
+        if self.factor != 1.0:
+            y = b.mul_scalar(y, value=self.factor)
+        if self.soft_cap:
+            y = b.mul_scalar(b.tanh(b.mul_scalar(y, value=1 / self.soft_cap)), value=self.soft_cap)
+        if self.residual:
+            y = b.add(y, values[at])
+        return narrow(b, y, self.dtype)
 
 
 @dataclass(frozen=True)

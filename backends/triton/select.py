@@ -146,7 +146,12 @@ def _norm(op: RoundedNorm, node: Node, step: Step) -> Selected:
     x = node.inputs[0].type
     dim, kind = rows_dim(x), "layer" if op.centred else "rms"
     spec = norm.norm_spec(
-        norm=kind, hidden=_width(x), eps=op.eps, residual=False, out_dtype=op.dtype.value, rows_dim=dim
+        norm=kind,
+        hidden=_width(x),
+        eps=op.eps,
+        residual="after" if op.residual else "none",
+        out_dtype=op.dtype.value,
+        rows_dim=dim,
     )
     return _on(norm.norm_grid(spec, step.rows(dim)), spec, node)
 
@@ -175,8 +180,9 @@ def _dynamic_table(op: DynamicRotaryTable, node: Node, step: Step) -> Selected:
 
 @_kernel(BlockLinear)
 def _linear(op: BlockLinear, node: Node, step: Step) -> Selected:
-    epilogue = {"epilogue": "residual" if op.residual else "store", "bias": op.bias, "activation": op.activation}
-    return _product(op, node, step, (*node.inputs, *node.results), **epilogue)
+    end = {"epilogue": "residual" if op.residual else "store", "factor": op.factor, "soft_cap": op.soft_cap}
+    given = (*node.inputs, *node.results)
+    return _product(op, node, step, given, bias=op.bias, activation=op.activation, **end)
 
 
 @_kernel(BlockGatedLinear)
@@ -287,7 +293,8 @@ def _activation(name: str) -> _Choose:
     return lambda op, node, step: _elementwise(name, node, step)
 
 
-for _name, _kind in (*ACTIVATIONS.items(), ("tanh", Tanh)):
+_FUNCTIONS: dict[str, type[Op]] = {**ACTIVATIONS, "tanh": Tanh}
+for _name, _kind in _FUNCTIONS.items():
     _TABLE[_kind] = _activation(_name)
 
 

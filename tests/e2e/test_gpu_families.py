@@ -11,6 +11,7 @@ import pytest
 from llmc.ir.errors import NoKernel
 from tests.architectures.families import FAMILIES
 from tests.backends.triton.interpreted_package import compile_interpreted, load_interpreted
+from tests.fixtures import REPOSITORY
 from tests.tiny_models import difference, logits, make_model, save
 
 TOLERANCE = 1e-4
@@ -52,6 +53,28 @@ def test_a_package(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     expected = logits(judge, [*PROMPT, *chosen])[len(PROMPT) - 1 : -1]
     assert difference(np.concatenate([step.logits for step in steps]), expected) < TOLERANCE
     assert chosen == expected.argmax(-1).tolist()
+
+
+def test_windows_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with a window and without, each group with block tables of its own; what a window has left is given back.
+
+    A step takes 32 tokens.
+    """
+    case = FAMILIES["gemma2"]
+    judge = make_model(case.model_type, seed=1, **two_layers("gemma2"))
+    folder = save(judge, tmp_path / "model")
+    model, _ = load_interpreted(tmp_path / "p", compile_interpreted(monkeypatch, folder, tmp_path / "p"))
+    prompt = np.random.default_rng(1).integers(0, 503, 46).tolist()
+    completion, other = model.generate([prompt, prompt[:3]], max_new_tokens=4, ignore_eos=True)
+    for given, chosen in ((prompt, completion.token_ids), (prompt[:3], other.token_ids)):
+        expected = logits(judge, [*given, *chosen])[len(given) - 1 : -1]
+        assert chosen == expected.argmax(-1).tolist()
+
+
+def test_the_page_names_what_is_refused() -> None:
+    text = " ".join((REPOSITORY / "docs" / "gpu.md").read_text(encoding="utf-8").split())
+    refused = sorted({FAMILIES[family].model_type for family in WITHOUT_KERNELS})
+    assert f"have no kernels yet ({', '.join(refused)})" in text
 
 
 @pytest.mark.parametrize("family", WITHOUT_KERNELS)

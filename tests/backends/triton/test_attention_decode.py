@@ -120,7 +120,7 @@ def test_scores_that_fall_with_the_distance(heads: int, kv_heads: int, dtype: st
     batch = Batch(heads, kv_heads, 64, EDGES, dtype, state, with_slopes=True)
     check(batch, splits=1)
     check(batch, splits=3)
-    others = {"soft_cap": 5.0, "window": 40, "with_sinks": True}
+    others: dict[str, Any] = {"soft_cap": 5.0, "window": 40, "with_sinks": True}
     check(Batch(heads, kv_heads, 80, [1, 33, 90], dtype, state, with_slopes=True, **others), splits=2)
 
 

@@ -114,7 +114,7 @@ def test_scores_that_fall_with_the_distance(heads: int, kv_heads: int, dtype: st
     batch = Batch(heads, kv_heads, 32, [40, 1, 70], dtype, state, with_slopes=True)
     check(batch)
     check(batch, [(0, 30, 10), (2, 17, 50)], rows=16)
-    others = {"soft_cap": 5.0, "window": 20, "with_sinks": True}
+    others: dict[str, Any] = {"soft_cap": 5.0, "window": 20, "with_sinks": True}
     check(Batch(heads, kv_heads, 64, [1, 50], dtype, state, with_slopes=True, **others))
 
 

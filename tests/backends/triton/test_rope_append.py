@@ -216,7 +216,7 @@ def test_a_norm_keeps_what_is_not_a_number_to_itself(whole: bool, kind: str) -> 
     qkv[0, 1, 4], qkv[1, heads, 5] = np.nan, np.inf
     norm = Norm(kind, whole, heads, kv_heads, head_dim)
     q, (key, value), _, _ = append(qkv, heads, kv_heads, head_dim, "half", ("f32", "f32", "f32"), norm=norm)
-    bad = np.isnan(q.reshape(TOKENS, heads, head_dim)).any(-1)
+    bad = np.asarray(np.isnan(q.reshape(TOKENS, heads, head_dim)).any(-1))
     assert bad[0].tolist() == ([True] * 3 if whole else [False, True, False]) and not bad[1:].any()
     written = key[SLOTS[[0, 1]] // 16, :, :, SLOTS[[0, 1]] % 16]
     assert np.isfinite(written[0]).all()
