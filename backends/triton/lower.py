@@ -9,6 +9,7 @@ from typing import Any
 from llmc.backends.dynamic_rotary import absorbed, dynamic_table
 from llmc.backends.lowering import Lowering
 from llmc.backends.triton.blocks import block_weight, packed_codes
+from llmc.backends.triton.fuse import fuse_ends
 from llmc.backends.triton.ops import (
     SAMPLING_WORDS,
     BlockAppend,
@@ -19,6 +20,7 @@ from llmc.backends.triton.ops import (
     RoundedNorm,
     SelectTokens,
     narrow,
+    takes_norm,
     wide,
 )
 from llmc.backends.triton.packing_ops import OrderRows
@@ -31,7 +33,7 @@ from llmc.ir.ops.cache import QkvAppend, RopeAppend
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.grouped import GroupedLinear
 from llmc.ir.ops.linear import GatedLinear, Linear
-from llmc.ir.ops.norm import LayerNorm, RmsNorm
+from llmc.ir.ops.norm import LayerNorm, NormHeads, RmsNorm
 from llmc.ir.ops.quantized import DequantizeWeight, QuantizedEmbedding
 from llmc.ir.ops.reduce import Argmax
 from llmc.ir.ops.rope import DynamicFrequencies, RotaryTable
@@ -47,7 +49,7 @@ def lower(graph: Graph, compute: DType) -> Graph:
     lowered = graph.map(lowering.node)
     inputs = (*lowered.inputs, *([lowering.sampling] if lowering.sampling else []))
     outputs = (*lowered.outputs, *([("chosen", lowering.chosen)] if lowering.chosen else []))
-    return lowered.map(inputs=inputs, outputs=outputs)
+    return fuse_ends(lowered.map(inputs=inputs, outputs=outputs))
 
 
 def entry_graph(name: str, graph: Graph) -> Graph:
@@ -64,7 +66,7 @@ def _norm_into_product(node: Node, inputs: tuple[Value, ...]) -> tuple[Value, ..
     b.loc = node.loc
     norm = inputs[0].op if inputs else None
     product = isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
-    if product and isinstance(norm, RoundedNorm) and not norm.centred:
+    if product and isinstance(norm, RoundedNorm) and not norm.centred and not norm.residual:
         assert isinstance(node.op, BlockLinear | BlockGatedLinear | BlockAppend)
         fused = replace(node.op, norm_eps=norm.eps)
         return b.make(fused, (*inputs[0].node.inputs, *inputs[1:])).results
@@ -109,6 +111,8 @@ class _Lowering(Lowering):
             return self._append(b, node, op, inputs)
         if isinstance(op, Reshape):  # the same memory
             return b.make(op, inputs).results
+        if isinstance(op, NormHeads) and self._joins_append(node, op):
+            return b.make(op, tuple(wide(b, v) for v in inputs)).results
         if isinstance(op, RmsNorm | LayerNorm):
             x, *vectors = inputs
             norm = RoundedNorm(op.eps, self._dtype(node), isinstance(op, LayerNorm))
@@ -169,7 +173,15 @@ class _Lowering(Lowering):
             x, bias = qkv.node.inputs[0], qkv.node.inputs[product.rest_at :]
             blocks = self._blocks(b, node.inputs[0].node.inputs[1], made)
             return b.make(made, (x, *blocks, *(b(made.order, v) for v in bias), *rest)).results
-        return b.make(RoundedAppend(*heads, op.scaled, self._dtype(node)), (wide(b, qkv), *rest)).results
+        rounded = RoundedAppend(*heads, op.scaled, self._dtype(node))
+        if isinstance(qkv.op, NormHeads):
+            return b.make(rounded.after(qkv.op), (*qkv.node.inputs, *rest)).results
+        return b.make(rounded, (wide(b, qkv), *rest)).results
+
+    def _joins_append(self, node: Node, op: NormHeads) -> bool:
+        """Whether a norm becomes part of the appends that read it."""
+        readers = [n.op for n, _ in self.graph.uses.get(node.results[0], ())]
+        return bool(readers) and all(isinstance(r, RopeAppend | QkvAppend) and takes_norm(r, op) for r in readers)
 
     def _embedding(
         self, b: Emitter, node: Node, op: Embedding | QuantizedEmbedding, inputs: tuple[Value, ...]
@@ -224,14 +236,13 @@ def _enters_product(node: Node, operand: int) -> bool:
 
 def _expects_kernel(b: Emitter, op: RopeAppend | QkvAppend | PagedAttention) -> None:
     """Raise `NoKernel` for attributes that no kernel has."""
-    named = [f"{name}={value}" for name in ("alibi", "value_dim") if (value := getattr(op, name, 0))]
-    if named:
-        raise NoKernel(f"no GPU kernel for {op.name} with {', '.join(named)} at {b.loc or 'no place'}")
+    if op.value_dim:
+        raise NoKernel(f"no GPU kernel for {op.name} with value_dim={op.value_dim} at {b.loc or 'no place'}")
 
 
 def _plain(op: BlockLinear) -> bool:
     """Whether nothing follows the product but a bias."""
-    return op.activation == "none" and not op.residual
+    return op.activation == "none" and not op.residual and op.factor == 1.0 and not op.soft_cap
 
 
 def _format(weight: Value) -> str:

@@ -10,6 +10,7 @@ from llmc.backends.triton.blocks import natural_weight
 from llmc.backends.triton.packing_ops import OrderRows
 from llmc.ir.op import Array, Cost, Emitter, Op, Value
 from llmc.ir.ops.cache import QkvAppend, RopeAppend, state_count
+from llmc.ir.ops.norm import NormHeads
 from llmc.ir.types import DType, TensorType
 
 
@@ -27,18 +28,21 @@ def narrow(b: Emitter, x: Value, dtype: DType) -> Value:
 
 @dataclass(frozen=True)
 class RoundedNorm(Op):
-    """`rms_norm`, or `layer_norm` where `centred`, rounded to `dtype`. Operands: x f32 [m, n], weight f32 [n],
-    [bias f32 [n]] if `centred`."""
+    """`rms_norm`, or `layer_norm` where `centred`, to which a residual is added where there is one, rounded to `dtype`.
+    Operands: x f32 [m, n], weight f32 [n], [bias f32 [n]] if `centred`, [residual f32 [m, n]]."""
 
     eps: float
     dtype: DType
     centred: bool = False
+    residual: bool = False
 
     stage = "step"
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
+        vectors = 2 + self.centred
         norm = b.layer_norm if self.centred else b.rms_norm
-        return narrow(b, norm(*values, eps=self.eps), self.dtype)
+        y = norm(*values[:vectors], eps=self.eps)
+        return narrow(b, b.add(y, values[vectors]) if self.residual else y, self.dtype)
 
 
 class _Product(Op, abstract=True):
@@ -83,7 +87,8 @@ class _Product(Op, abstract=True):
 
 @dataclass(frozen=True)
 class BlockLinear(_Product):
-    """`linear` over a weight in blocks. Further operands: bias f32 [rows], residual f32 [m, rows] where they are."""
+    """`linear` over a weight in blocks, times `factor`, and then no larger than `soft_cap` (see `attention`; 0 for no
+    limit), before the residual is added. Further operands: bias f32 [rows], residual f32 [m, rows] where they are."""
 
     format: str
     rows: int
@@ -94,11 +99,20 @@ class BlockLinear(_Product):
     norm_eps: float | None
     compute: DType
     dtype: DType
+    factor: float = 1.0
+    soft_cap: float = 0.0
 
     def decompose(self, b: Emitter, *values: Value) -> Value:
-        rest = values[self.rest_at :]
-        options = {"bias": self.bias, "activation": self.activation, "residual": self.residual}
-        return narrow(b, b.linear(*self.product_operands(b, values), *rest, **options), self.dtype)
+        at = self.rest_at + self.bias
+        options = {"bias": self.bias, "activation": self.activation}
+        y = b.linear(*self.product_operands(b, values), *values[self.rest_at : at], **options)
+        if self.factor != 1.0:
+            y = b.mul_scalar(y, value=self.factor)
+        if self.soft_cap:
+            y = b.mul_scalar(b.tanh(b.mul_scalar(y, value=1 / self.soft_cap)), value=self.soft_cap)
+        if self.residual:
+            y = b.add(y, values[at])
+        return narrow(b, y, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -184,8 +198,9 @@ class BlockAppend(_Product):
 
 @dataclass(frozen=True)
 class RoundedAppend(Op):
-    """`rope_append` (`qkv_append` where `rotary_dim` is 0) whose queries are rounded to `dtype`. Operands: qkv f32
-    [m, (num_heads + 2 · num_kv_heads) · head_dim], [cos, sin], slot_mapping, the states; results: q, the new states."""
+    """`rope_append` (`qkv_append` where `rotary_dim` is 0) whose queries are rounded to `dtype`; with `norm_eps` after
+    `norm_heads`, which takes all heads together where `whole`. Operands: qkv f32 [m, (num_heads + 2 · num_kv_heads) ·
+    head_dim], [norm's vectors f32], [cos, sin], slot_mapping, the states; results: q, the new states."""
 
     num_heads: int
     num_kv_heads: int
@@ -194,6 +209,9 @@ class RoundedAppend(Op):
     layout: str
     scaled: bool
     dtype: DType
+    norm_eps: float | None = None
+    centred: bool = False
+    whole: bool = False
 
     stage = "step"
 
@@ -202,17 +220,58 @@ class RoundedAppend(Op):
         """Queries and the states."""
         return 1 + state_count(self.scaled)
 
+    def after(self, norm: NormHeads) -> RoundedAppend:
+        """The op with a norm before it, for which `takes_norm` holds."""
+        whole = norm.query_width != self.head_dim
+        return replace(self, norm_eps=norm.eps, centred=norm.centred, whole=whole)
+
+    @property
+    def norm(self) -> NormHeads | None:
+        """Of the queries and keys."""
+        if self.norm_eps is None:
+            return None
+        return NormHeads(self.norm_eps, *_pieces(self, self.whole), self.centred)
+
+    @property
+    def rest_at(self) -> int:
+        """Which operand comes after the norm's vectors."""
+        return 1 if self.norm_eps is None else 5 if self.centred else 3
+
+    @property
+    def states_at(self) -> int:
+        """Which operand the state of keys is."""
+        return self.rest_at + (3 if self.rotary_dim else 1)
+
     @property
     def updates(self) -> Mapping[int, int]:  # type: ignore[override]
         """See `Op`."""
-        first = 4 if self.rotary_dim else 2
-        return {first + i: 1 + i for i in range(state_count(self.scaled))}
+        return {self.states_at + i: 1 + i for i in range(state_count(self.scaled))}
 
     def decompose(self, b: Emitter, *values: Value) -> tuple[Value, ...]:
-        return appended(b, self, self.scaled, *values)
+        qkv, norm = values[0], self.norm
+        if norm is not None:
+            qkv = b.one(norm, *values[: self.rest_at])
+        return appended(b, self, self.scaled, qkv, *values[self.rest_at :])
 
     def cost(self, *types: TensorType) -> Cost:
-        return _append_of(self, self.scaled).cost(*types)
+        plain = _append_of(self, self.scaled).cost(types[0], *types[self.rest_at :])
+        if self.norm is None:
+            return plain
+        flops = self.norm.cost(*types[: self.rest_at]).flops
+        vectors = sum(t.bytes for t in types[1 : self.rest_at])
+        return Cost(plain.flops + flops, plain.bytes_read + vectors, plain.bytes_written)
+
+
+def takes_norm(op: RopeAppend | QkvAppend, norm: NormHeads) -> bool:
+    """Whether the norm is over each head, or over all together, of what is appended."""
+    pieces = (norm.queries, norm.query_width, norm.keys, norm.key_width)
+    return pieces in (_pieces(op, False), _pieces(op, True))
+
+
+def _pieces(op: RopeAppend | QkvAppend | RoundedAppend, whole: bool) -> tuple[int, int, int, int]:
+    """How many pieces of the queries are normalised, how wide one is, and the same of the keys."""
+    heads, keys, width = op.num_heads, op.num_kv_heads, op.head_dim
+    return (1, heads * width, 1, keys * width) if whole else (heads, width, keys, width)
 
 
 def _natural(b: Emitter, op: BlockAppend, bias: Value) -> Value:

@@ -34,7 +34,7 @@ from llmc.backends.triton.products import ProductCall, product_kernel
 from llmc.backends.triton.tiling import Tunings
 from llmc.ir.op import Node, Op, Value
 from llmc.ir.ops.attention import PagedAttention
-from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Cast, Mul, MulScalar
+from llmc.ir.ops.elementwise import ACTIVATIONS, Add, Cast, Mul, MulScalar, Tanh
 from llmc.ir.ops.embedding import Embedding
 from llmc.ir.ops.rope import RotaryTable
 from llmc.ir.ops.shape import GatherRows
@@ -146,7 +146,12 @@ def _norm(op: RoundedNorm, node: Node, step: Step) -> Selected:
     x = node.inputs[0].type
     dim, kind = rows_dim(x), "layer" if op.centred else "rms"
     spec = norm.norm_spec(
-        norm=kind, hidden=_width(x), eps=op.eps, residual=False, out_dtype=op.dtype.value, rows_dim=dim
+        norm=kind,
+        hidden=_width(x),
+        eps=op.eps,
+        residual="after" if op.residual else "none",
+        out_dtype=op.dtype.value,
+        rows_dim=dim,
     )
     return _on(norm.norm_grid(spec, step.rows(dim)), spec, node)
 
@@ -175,8 +180,9 @@ def _dynamic_table(op: DynamicRotaryTable, node: Node, step: Step) -> Selected:
 
 @_kernel(BlockLinear)
 def _linear(op: BlockLinear, node: Node, step: Step) -> Selected:
-    epilogue = {"epilogue": "residual" if op.residual else "store", "bias": op.bias, "activation": op.activation}
-    return _product(op, node, step, (*node.inputs, *node.results), **epilogue)
+    end = {"epilogue": "residual" if op.residual else "store", "factor": op.factor, "soft_cap": op.soft_cap}
+    given = (*node.inputs, *node.results)
+    return _product(op, node, step, given, bias=op.bias, activation=op.activation, **end)
 
 
 @_kernel(BlockGatedLinear)
@@ -208,18 +214,22 @@ def _product(
 
 @_kernel(RoundedAppend)
 def _rounded_append(op: RoundedAppend, node: Node, step: Step) -> Selected:
-    qkv, state = node.inputs[0].type, node.inputs[4 if op.rotary_dim else 2].type
+    qkv, state = node.inputs[0].type, node.inputs[op.states_at].type
     heads = (op.num_heads, op.num_kv_heads, op.head_dim, op.rotary_dim, op.layout)
-    spec = rope_append.append_spec(*heads, qkv.dtype.value, op.dtype.value, state.dtype.value, _width(state))
+    norm: dict[str, Any] = {}
+    if op.norm_eps is not None:
+        norm = {"norm": "layer" if op.centred else "rms", "norm_eps": op.norm_eps, "whole": op.whole}
+    dtypes = (qkv.dtype.value, op.dtype.value, state.dtype.value)
+    spec = rope_append.append_spec(*heads, *dtypes, _width(state), **norm)
     return Selected(spec, (*node.inputs, node.results[0]), rope_append.grid(spec, step.tokens))
 
 
 @_kernel(PagedAttention)
 def _attention(op: PagedAttention, node: Node, step: Step) -> Selected | None:
-    if op.alibi or op.value_dim:
+    if op.value_dim:
         return None
     q, key = node.inputs[0].type.dtype.value, node.inputs[1].type
-    meant = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "soft_cap", "sinks")
+    meant = ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "soft_cap", "alibi", "sinks")
     told: dict[str, Any] = {name: getattr(op, name) for name in meant}
     states: dict[str, Any] = {
         "dtype": q,
@@ -283,7 +293,8 @@ def _activation(name: str) -> _Choose:
     return lambda op, node, step: _elementwise(name, node, step)
 
 
-for _name, _kind in ACTIVATIONS.items():
+_FUNCTIONS: dict[str, type[Op]] = {**ACTIVATIONS, "tanh": Tanh}
+for _name, _kind in _FUNCTIONS.items():
     _TABLE[_kind] = _activation(_name)
 
 

@@ -25,6 +25,7 @@ def decode_spec(
     scale: float,
     window: int,
     soft_cap: float,
+    alibi: bool,
     sinks: bool,
     dtype: str,
     state_dtype: str,
@@ -42,6 +43,7 @@ def decode_spec(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        alibi=alibi,
         sinks=sinks,
         dtype=dtype,
         state_dtype=state_dtype,
@@ -51,7 +53,9 @@ def decode_spec(
     wide, thin = head_dim > 128, state_dtype in EIGHT_BITS
     group = num_heads // num_kv_heads
     rows = max(LEAST, 1 << (group - 1).bit_length())
-    tile, stages, warps = 128 if thin and not wide else 64, 3, 4 if rows < 64 else 8
+    # Distances take registers, of which codes leave few.
+    long = thin and not wide and not (alibi and state_dtype == "i8")
+    tile, stages, warps = 128 if long else 64, 3, 4 if rows < 64 else 8
     if dtype == "f32":  # without tensor cores: no more rows than there are, operands in registers
         rows, tile, stages, warps = max(4, 1 << (group - 1).bit_length()), 32, 2, 8
     elif wide or state_dtype == "f32" or (state_dtype == "i8" and variant.capability >= (10, 0)):
@@ -69,8 +73,9 @@ def decode_spec(
 
 
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """Arguments: q, key, value, [key_scale, value_scale,] positions, block_tables, [sinks,] out, workspace, tickets,
-    dims. Parameters: see `decode_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
+    """Arguments: q, key, value, [key_scale, value_scale,] positions, block_tables, [slopes,] [sinks,] out, workspace,
+    tickets, dims. Parameters: see `decode_spec`. Raises `LlmcError` for 8-bit floats where the architecture has
+    none."""
     parameters = dict(spec.parameters)
     expects_fp8(parameters, target)
     return KernelSource(
@@ -79,6 +84,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             "triton/attention_decode.py.jinja",
             name=spec.symbol,
             scaled=parameters["state_dtype"] == "i8",
+            alibi=parameters["alibi"],
             sinks=parameters["sinks"],
         ),
         (

@@ -49,6 +49,7 @@ def semantics(
     scale: float,
     window: int,
     soft_cap: float,
+    alibi: bool,
     sinks: bool,
     dtype: str,
     state_dtype: str,
@@ -74,6 +75,7 @@ def semantics(
         "scale": float(scale),
         "window": int(window),
         "soft_cap": float(soft_cap),
+        "alibi": bool(alibi),
         "sinks": bool(sinks),
         "dtype": dtype,
         "state_dtype": state_dtype,
@@ -88,7 +90,7 @@ def expects_fp8(parameters: Mapping[str, Any], target: GpuVariant | None) -> Non
 
 
 def arguments(parameters: Mapping[str, Any], *inputs: str) -> tuple[tuple[str, str], ...]:
-    """The pointers up to `out_ptr`: q, the states with their scales, `inputs` (i32), the sinks."""
+    """The pointers up to `out_ptr`: q, the states with their scales, `inputs` (i32), slopes and sinks."""
     state, scaled = state_pointer(parameters["state_dtype"]), parameters["state_dtype"] == "i8"
     return (
         ("q_ptr", POINTERS[DType(parameters["dtype"])]),
@@ -96,6 +98,7 @@ def arguments(parameters: Mapping[str, Any], *inputs: str) -> tuple[tuple[str, s
         ("value_ptr", state),
         *((("key_scale_ptr", "*fp32"), ("value_scale_ptr", "*fp32")) if scaled else ()),
         *((name, "*i32") for name in inputs),
+        *((("slopes_ptr", "*fp32"),) if parameters["alibi"] else ()),
         *((("sinks_ptr", "*fp32"),) if parameters["sinks"] else ()),
         ("out_ptr", POINTERS[DType(parameters["dtype"])]),
     )
@@ -117,6 +120,7 @@ def constants(parameters: Mapping[str, Any], target: GpuVariant | None) -> tuple
         ("HALVED", parameters["state_dtype"] in EIGHT_BITS and parameters["dtype"] == "bf16"),
         ("SCALE", parameters["scale"]),
         ("SOFT_CAP", parameters["soft_cap"]),
+        ("ALIBI", parameters["alibi"]),
         ("WINDOW", parameters["window"]),
         ("BLOCK_SIZE", parameters["block_size"]),
         ("BLOCK_N", parameters["tile"]),

@@ -27,6 +27,7 @@ def prefill_spec(
     scale: float,
     window: int,
     soft_cap: float,
+    alibi: bool,
     sinks: bool,
     dtype: str,
     state_dtype: str,
@@ -44,6 +45,7 @@ def prefill_spec(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        alibi=alibi,
         sinks=sinks,
         dtype=dtype,
         state_dtype=state_dtype,
@@ -51,7 +53,7 @@ def prefill_spec(
     )
     group = num_heads // num_kv_heads
     needed = max(LEAST, 1 << (tokens * group - 1).bit_length())
-    rows, tile, warps = _shape(dtype, state_dtype, head_dim, block_size, needed, variant)
+    rows, tile, warps = _shape(dtype, state_dtype, head_dim, block_size, needed, alibi, variant)
     rows = max(rows, 1 << (group - 1).bit_length())
     return KernelSpec.of(
         "attention_prefill",
@@ -72,7 +74,7 @@ def _from_shared(variant: GpuVariant) -> bool:
 
 
 def _shape(
-    dtype: str, state_dtype: str, head_dim: int, block_size: int, needed: int, variant: GpuVariant
+    dtype: str, state_dtype: str, head_dim: int, block_size: int, needed: int, alibi: bool, variant: GpuVariant
 ) -> tuple[int, int, int]:
     """Rows, tokens of a tile, warps: the largest that compiles without spilled registers, and no more rows than
     `needed`. A tile has whole blocks, so large blocks make it larger than it was meant to be."""
@@ -81,8 +83,8 @@ def _shape(
     if dtype == "f32":  # without tensor cores, operands in registers
         return min(16, needed), 16, 8
     if _from_shared(variant):
-        # B200's products leave their results outside of registers, and moving them takes some.
-        crowded = codes and variant.capability >= (10, 0)
+        # B200's products leave their results outside of registers, and moving them takes some, as distances do.
+        crowded = codes and (alibi or variant.capability >= (10, 0))
         if head_dim <= 128 and crowded:
             return (64, 64, 8) if needed >= 64 else (needed, 64, 4)
         if head_dim <= 128:
@@ -109,8 +111,8 @@ def grid(spec: KernelSpec, tokens: int, sequences: int) -> tuple[int, int, int]:
 
 
 def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
-    """Arguments: q, key, value, [key_scale, value_scale,] positions, query_start, block_tables, [sinks,] out, dims.
-    Parameters: see `prefill_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
+    """Arguments: q, key, value, [key_scale, value_scale,] positions, query_start, block_tables, [slopes,] [sinks,] out,
+    dims. Parameters: see `prefill_spec`. Raises `LlmcError` for 8-bit floats where the architecture has none."""
     parameters = dict(spec.parameters)
     expects_fp8(parameters, target)
     return KernelSource(
@@ -119,6 +121,7 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             "triton/attention_prefill.py.jinja",
             name=spec.symbol,
             scaled=parameters["state_dtype"] == "i8",
+            alibi=parameters["alibi"],
             sinks=parameters["sinks"],
         ),
         (

@@ -13,7 +13,7 @@ BLOCK = 1024
 """Elements of a row that one program takes."""
 
 BINARY = ("add", "multiply")
-OPERATIONS = (*BINARY, "scale", "none", *ACTIVATIONS)
+OPERATIONS = (*BINARY, "scale", "none", "tanh", *ACTIVATIONS)
 """`scale` multiplies by a constant; `none` only converts."""
 
 

@@ -27,6 +27,8 @@ _DEFAULTS: dict[str, Any] = {
     "norm_eps": None,
     "bias": False,
     "activation": "none",
+    "factor": 1.0,
+    "soft_cap": 0.0,
     "epilogue": "store",
     "num_heads": 0,
     "num_kv_heads": 0,
@@ -55,9 +57,9 @@ def linear_spec(
     """A product of x [m, k] with a weight [n, k]; `m` tokens at most, as many as `dims[rows_dim]`.
 
     `format`: of the weight, `none` or one of `llmc.ir.quant`; `weight_dtype` counts for `none`. Options: `norm_eps`
-    (of an RMS norm of x f32 on the way in), `bias`, `activation`, and `epilogue`: `store`, `residual`, `gated` or
-    `append` (with `num_heads`, `num_kv_heads`, `head_dim`, `rotary_dim`, `layout`, `block_size`, `state_dtype`);
-    `out_dtype`.
+    (of an RMS norm of x f32 on the way in), `bias`, `activation`, `factor`, `soft_cap` (see `BlockLinear`), and
+    `epilogue`: `store`, `residual`, `gated` or `append` (with `num_heads`, `num_kv_heads`, `head_dim`, `rotary_dim`,
+    `layout`, `block_size`, `state_dtype`); `out_dtype`.
     `scale_weights`: weights are scaled before they are multiplied, not sums of products afterwards.
     """
     unknown = set(options) - set(_DEFAULTS)
@@ -146,6 +148,8 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
             ("PIECES", columns // span),
             ("BLOCK", ROWS * COLUMNS * bits // 32 if format else ROWS * COLUMNS),
             ("EPS", p["norm_eps"] or 0.0),
+            ("FACTOR", p["factor"]),
+            ("SOFT_CAP", p["soft_cap"]),
             ("HEADS", p["num_heads"]),
             ("KV_HEADS", p["num_kv_heads"]),
             ("HEAD_DIM", p["head_dim"]),

@@ -1,4 +1,4 @@
-"""RMS and layer normalisation of rows, alone and after a residual addition."""
+"""RMS and layer normalisation of rows, alone and with a residual addition before or after it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ _PER_THREAD = 16
 
 
 def norm_spec(
-    *, norm: str, hidden: int, eps: float, residual: bool, out_dtype: str, rows_dim: int, x_dtype: str = "f32"
+    *, norm: str, hidden: int, eps: float, residual: str, out_dtype: str, rows_dim: int, x_dtype: str = "f32"
 ) -> KernelSpec:
-    """`norm` is "rms" or "layer". Arguments: x [rows, hidden], [residual f32], weight f32 [hidden], [bias f32 [hidden]
-    of a layer norm], [sum f32 [rows, hidden], with a residual], out [rows, hidden], dims."""
+    """`norm` is "rms" or "layer"; a `residual` is added "before" it to x, or "after" it to the result, or is "none".
+    Arguments: x [rows, hidden], [residual f32 [rows, hidden] before], weight f32 [hidden], [bias f32 [hidden] of a
+    layer norm], [residual after], [sum f32 [rows, hidden], with a residual before], out [rows, hidden], dims."""
     assert norm in ("rms", "layer"), norm
+    assert residual in ("none", "before", "after"), residual
     assert 1 <= hidden <= LARGEST, f"rows of {hidden}"
     return KernelSpec.of(
         "norm",
@@ -46,10 +48,11 @@ def source(spec: KernelSpec, target: GpuVariant | None) -> KernelSource:
     block = power_of_two(p["hidden"])
     arguments = [
         ("x_ptr", pointer(p["x_dtype"])),
-        *([("residual_ptr", "*fp32")] if residual else []),
+        *([("residual_ptr", "*fp32")] if residual == "before" else []),
         ("weight_ptr", "*fp32"),
         *([("bias_ptr", "*fp32")] if layer else []),
-        *([("sum_ptr", "*fp32")] if residual else []),
+        *([("residual_ptr", "*fp32")] if residual == "after" else []),
+        *([("sum_ptr", "*fp32")] if residual == "before" else []),
         ("out_ptr", pointer(p["out_dtype"])),
         DIMS,
     ]

@@ -66,6 +66,7 @@ class Batch:
     block_size: int = 16
     window: int = 0
     soft_cap: float = 0.0
+    with_slopes: bool = False
     with_sinks: bool = False
     seed: int = 0
     spread: float = 1.0
@@ -78,6 +79,8 @@ class Batch:
         rng = np.random.default_rng(self.seed)
         self.scale = self.scale or self.head_dim**-0.5
         self.sinks = rng.standard_normal(self.num_heads).astype(np.float32) if self.with_sinks else None
+        falling = np.exp2(-8 * np.arange(1, self.num_heads + 1) / self.num_heads).astype(np.float32)
+        self.slopes = falling if self.with_slopes else None
         self.q = [
             rounded(self.spread * rng.standard_normal((n, self.num_heads, self.head_dim)), self.dtype)
             for n in self.lengths
@@ -122,6 +125,7 @@ class Batch:
             "scale": self.scale,
             "window": self.window,
             "soft_cap": self.soft_cap,
+            "alibi": self.with_slopes,
             "sinks": self.with_sinks,
             "dtype": self.dtype,
             "state_dtype": self.state_dtype,
@@ -143,27 +147,31 @@ class Batch:
             for h in range(self.num_heads):
                 k, v = (x[s][begin : p + 1, h // group] for x in (self.keys, self.values))
                 sink = None if self.sinks is None else self.sinks[h]
-                results.append(implementation(self.q[s][p, h], k, v, self.scale, self.soft_cap, sink, self.dtype))
+                bias = np.arange(begin - p, 1) * (np.float32(0) if self.slopes is None else self.slopes[h])
+                q = self.q[s][p, h]
+                results.append(implementation(q, k, v, self.scale, self.soft_cap, bias, sink, self.dtype))
         return np.stack(results).reshape(len(chosen), -1)
 
 
-def exact(q: Array, k: Array, v: Array, scale: float, soft_cap: float, sink: Any, dtype: str) -> Array:
-    """One head of one token in float64: q [head_dim], k and v [n, head_dim]."""
+def exact(q: Array, k: Array, v: Array, scale: float, soft_cap: float, bias: Array, sink: Any, dtype: str) -> Array:
+    """One head of one token in float64: q [head_dim], k and v [n, head_dim], bias [n] of scores."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     scores = k @ q * scale
     if soft_cap:
         scores = soft_cap * np.tanh(scores / soft_cap)
+    scores = scores + bias
     top = scores.max() if sink is None else max(scores.max(), float(sink))
     weights = np.exp(scores - top)
     total = weights.sum() + (0.0 if sink is None else np.exp(float(sink) - top))
     return np.asarray(weights @ v / total)
 
 
-def naive(q: Array, k: Array, v: Array, scale: float, soft_cap: float, sink: Any, dtype: str) -> Array:
+def naive(q: Array, k: Array, v: Array, scale: float, soft_cap: float, bias: Array, sink: Any, dtype: str) -> Array:
     """The same in float32, sums one after another, probabilities and the result rounded to the compute dtype."""
     scores = np.cumsum(k * q, axis=1, dtype=np.float32)[:, -1] * np.float32(scale)
     if soft_cap:
         scores = np.float32(soft_cap) * np.tanh(scores / np.float32(soft_cap))
+    scores = scores + bias.astype(np.float32)
     top = scores.max() if sink is None else max(scores.max(), sink)
     weights = np.exp(scores - top)
     total = np.cumsum(weights, dtype=np.float32)[-1] + (np.float32(0) if sink is None else np.exp(sink - top))

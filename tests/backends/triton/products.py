@@ -37,6 +37,8 @@ class Case:
     norm: bool = False
     bias: bool = False
     activation: str = "none"
+    factor: float = 1.0
+    soft_cap: float = 0.0
     epilogue: str = "store"
     out_dtype: DType = DType.F32
     scale_weights: bool = False
@@ -80,6 +82,9 @@ class Case:
             y = y + self.shift
         half = self.n // 2
         y = self._activated(y[:, :half]) * y[:, half:] if self.epilogue == "gated" else self._activated(y)
+        y = y * dtype(self.factor)
+        if self.soft_cap:
+            y = np.tanh(y * dtype(1 / self.soft_cap)) * dtype(self.soft_cap)
         if self.epilogue == "residual":
             y = y + self.residual[: self.m]
         return torch.from_numpy(y).to(TORCH[self.out_dtype]).double().numpy() if naive else y
@@ -126,6 +131,8 @@ class Case:
             norm_eps=EPS if self.norm else None,
             bias=self.bias,
             activation=self.activation,
+            factor=self.factor,
+            soft_cap=self.soft_cap,
             epilogue=self.epilogue,
             out_dtype=self.out_dtype.value,
             scale_weights=self.scale_weights,

@@ -80,6 +80,7 @@ def check(
     states = [leaf(f"state{i}", dtypes[i], shape) for i, shape in enumerate(shapes)]
     where, start = leaf("positions", DType.I32, (tokens,)), leaf("query_start", DType.I32, (sequences + 1,))
     tables = leaf("tables", DType.I32, (sequences, symbol("max_blocks")))
+    slopes = [leaf("slopes", F32, (op.num_heads,))] if op.alibi else []
     sinks = [leaf("sinks", F32, (op.num_heads,))] if op.sinks else []
     values: dict[Value, Array] = {
         q: dtype.store(random.standard_normal((count, width)).astype(np.float32)),
@@ -87,6 +88,7 @@ def check(
         where: positions,
         start: starts,
         tables: pages.tables,
+        **{s: random.uniform(0, 0.5, op.num_heads).astype(np.float32) for s in slopes},
         **{s: random.standard_normal(op.num_heads).astype(np.float32) for s in sinks},
     }
     node = Emitter().make(op, tuple(values))
@@ -107,7 +109,8 @@ def _naive(op: PagedAttention, values: dict[Value, Array], dtype: DType, decode:
         a.astype(np.float32) if v.type.dtype.is_float or v.type.dtype is I8 else a for v, a in values.items()
     )
     scales, rest = (rest[:2], rest[2:]) if op.scaled else ([], rest)
-    positions, starts, tables, *sinks = rest
+    positions, starts, tables, *rest = rest
+    slopes, sinks = rest[: op.alibi], rest[op.alibi :]
     size, group = key.shape[3], op.num_heads // op.num_kv_heads
     out = np.empty(q.shape, np.float32)
     for token, position in enumerate(positions):
@@ -123,6 +126,8 @@ def _naive(op: PagedAttention, values: dict[Value, Array], dtype: DType, decode:
             scores = _in_turn(keys * q[token, part], 1) * np.float32(op.scale)
             if op.soft_cap:
                 scores = np.float32(op.soft_cap) * np.tanh(scores / np.float32(op.soft_cap))
+            if slopes:
+                scores = scores + slopes[0][head] * (seen - position).astype(np.float32)
             sink = sinks[0][head : head + 1] if sinks else scores[:0]
             peak = np.concatenate([scores, sink]).max()
             weights = np.exp(scores - peak)
@@ -174,14 +179,16 @@ def test_pages_of_every_size(size: int) -> None:
     check(attention(), F32, F32, [size + 1, 3 * size], new=[size + 1, size], size=size)
 
 
-@pytest.mark.parametrize("options", [{"window": 40}, {"window": 1}, {"soft_cap": 2.0}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"window": 40}, {"window": 1}, {"soft_cap": 2.0}, {"alibi": True}, {"sinks": True}], ids=str
+)
 def test_what_models_do_to_scores(options: dict[str, Any]) -> None:
     check(attention(**options), F32, F32, LENGTHS)
     check(attention(**options), F32, F32, [20, 150, 70], new=[20, 70, 1])
 
 
-def test_windows_soft_caps_and_sinks_together() -> None:
-    op = attention(8, 2, window=70, soft_cap=3.0, sinks=True)
+def test_windows_soft_caps_slopes_and_sinks_together() -> None:
+    op = attention(8, 2, window=70, soft_cap=3.0, alibi=True, sinks=True)
     check(op, BF16, BF16, LENGTHS)
     check(op, BF16, BF16, [20, 150], new=[20, 70])
 

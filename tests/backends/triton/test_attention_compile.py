@@ -28,6 +28,7 @@ def semantics(state_dtype: str, variant: GpuVariant, **changed: Any) -> dict[str
         "scale": 128**-0.5,
         "window": 0,
         "soft_cap": 0.0,
+        "alibi": False,
         "sinks": False,
         "dtype": "bf16",
         "state_dtype": state_dtype,
@@ -53,11 +54,13 @@ def test_compiled_without_spills_and_within_budget(name: str) -> None:
     states = [s for s in BYTES if s != "f8e4m3" or variant.has_fp8]
     decode = {s: decode_of(s, variant) for s in states}
     prefill = {s: prefill_of(s, variant) for s in states}
-    every = {"window": 1000, "soft_cap": 30.0, "sinks": True}
+    every = {"window": 1000, "soft_cap": 30.0, "alibi": True, "sinks": True}
     others = [
         prefill_of("i8", variant, **every),
         decode_of("bf16", variant, head_dim=256),
         decode_of("f32", variant, dtype="f32"),
+        decode_of("bf16", variant, alibi=True),
+        decode_of("i8", variant, alibi=True),
         prefill_of("bf16", variant, head_dim=256, **every),
         append_spec(32, 8, 128, 128, "half", "f32", "bf16", "i8", 16),
     ]

@@ -38,6 +38,7 @@ def decode(batch: Batch, sequences: list[int], splits: int, tile: int = 0, times
         **batch.state_tensors(),
         "positions_ptr": positions,
         "block_tables_ptr": torch.from_numpy(batch.tables[sequences].copy()),
+        **({"slopes_ptr": torch.from_numpy(batch.slopes)} if batch.slopes is not None else {}),
         **({"sinks_ptr": torch.from_numpy(batch.sinks)} if batch.sinks is not None else {}),
         "out_ptr": out,
         "workspace_ptr": torch.full((max(4, workspace_bytes(spec, bucket)) // 4,), torch.nan),
@@ -111,6 +112,16 @@ def test_soft_cap_and_sinks(dtype: str, splits: int) -> None:
     for soft_cap, sinks in ((5.0, False), (0.0, True), (30.0, True)):
         batch = Batch(8, 2, 64, [1, 33, 90], dtype, dtype, soft_cap=soft_cap, with_sinks=sinks, spread=2.0)
         check(batch, splits)
+
+
+@pytest.mark.parametrize(("dtype", "state"), [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f8e4m3"), ("f16", "i8")])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (8, 2)])
+def test_scores_that_fall_with_the_distance(heads: int, kv_heads: int, dtype: str, state: str) -> None:
+    batch = Batch(heads, kv_heads, 64, EDGES, dtype, state, with_slopes=True)
+    check(batch, splits=1)
+    check(batch, splits=3)
+    others: dict[str, Any] = {"soft_cap": 5.0, "window": 40, "with_sinks": True}
+    check(Batch(heads, kv_heads, 80, [1, 33, 90], dtype, state, with_slopes=True, **others), splits=2)
 
 
 def test_large_scores() -> None:

@@ -43,6 +43,7 @@ def prefill(batch: Batch, chunks: list[Chunk], rows: int = 32, tile: int = 32, s
         "positions_ptr": torch.from_numpy(positions),
         "query_start_ptr": torch.from_numpy(starts),
         "block_tables_ptr": torch.from_numpy(batch.tables[[s for s, _, _ in chunks]].copy()),
+        **({"slopes_ptr": torch.from_numpy(batch.slopes)} if batch.slopes is not None else {}),
         **({"sinks_ptr": torch.from_numpy(batch.sinks)} if batch.sinks is not None else {}),
         "out_ptr": out,
         "dims_ptr": torch.tensor([count, len(chunks), batch.tables.shape[1], 1], dtype=torch.int32),
@@ -105,6 +106,16 @@ def test_windows(window: int, state: str) -> None:
 def test_soft_cap_and_sinks(dtype: str) -> None:
     for soft_cap, sinks in ((5.0, False), (0.0, True), (30.0, True)):
         check(Batch(4, 2, 64, [1, 50], dtype, dtype, soft_cap=soft_cap, with_sinks=sinks, spread=2.0))
+
+
+@pytest.mark.parametrize(("dtype", "state"), [("f32", "f32"), ("bf16", "bf16"), ("f16", "i8")])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (8, 2)])
+def test_scores_that_fall_with_the_distance(heads: int, kv_heads: int, dtype: str, state: str) -> None:
+    batch = Batch(heads, kv_heads, 32, [40, 1, 70], dtype, state, with_slopes=True)
+    check(batch)
+    check(batch, [(0, 30, 10), (2, 17, 50)], rows=16)
+    others: dict[str, Any] = {"soft_cap": 5.0, "window": 20, "with_sinks": True}
+    check(Batch(heads, kv_heads, 64, [1, 50], dtype, state, with_slopes=True, **others))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter's products

@@ -57,6 +57,7 @@ REFERENCES = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "gelu_erf": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
+    "tanh": torch.tanh,
 }
 
 

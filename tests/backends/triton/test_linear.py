@@ -73,6 +73,17 @@ def test_what_comes_before_and_after(norm: bool, epilogue: str, activation: str)
     )
 
 
+@pytest.mark.parametrize(
+    "end",
+    [{"factor": 0.22, "epilogue": "residual", "bias": True}, {"soft_cap": 1.5}, {"factor": 3.0, "soft_cap": 30.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("format", ["none", "q4"])
+def test_factors_and_soft_caps(end: dict[str, Any], format: str) -> None:
+    for compute in (F32, BF16) if format == "none" else (BF16,):
+        check(Case(192, 256, 5, tiling(n=128), compute, format, **end))
+
+
 @pytest.mark.parametrize("m", [1, 8, 17, 64])
 def test_tokens_up_to_a_bucket(m: int) -> None:
     block = max(8, 1 << (m - 1).bit_length())

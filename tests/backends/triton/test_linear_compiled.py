@@ -39,10 +39,10 @@ def test_every_beginning_and_end(name: str) -> None:
     small = Tiling(128, 8, 128, 8, 3, warps)
     state = "f8e4m3" if variant.has_fp8 else "f16"
     sources = [
-        kernel(variant, "none", F32, Tiling(64, 8, 64, 8, 2, 4), norm_eps=1e-5, activation="gelu_erf"),
+        kernel(variant, "none", F32, Tiling(64, 8, 64, 8, 2, 4), norm_eps=1e-5, activation="gelu_erf", soft_cap=30.0),
         kernel(variant, "none", F16, Tiling(64, 16, 64, 8, 3, 4), bias=True, activation="gelu_tanh"),
         kernel(variant, "q4", BF16, small, norm_eps=1e-5, epilogue="gated", activation="silu", out_dtype="bf16"),
-        kernel(variant, "q8g128", F16, small, epilogue="residual", activation="relu"),
+        kernel(variant, "q8g128", F16, small, epilogue="residual", activation="relu", factor=0.2),
         kernel(variant, "q4g64", BF16, small, bias=True, state_dtype=state, out_dtype="bf16", **APPEND),
         kernel(variant, "none", BF16, small, norm_eps=1e-5, layout="interleaved", state_dtype="bf16", **APPEND),
         kernel(variant, "q4g128", F32, Tiling(64, 8, 128, 8, 2, 4), scale_weights=False),

@@ -21,13 +21,13 @@ def formula(norm: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + EPS) * weight + bias
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", ["none", "before", "after"])
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize(
     ("hidden", "x_dtype", "out_dtype"),
     [(8, "f32", "f32"), (96, "bf16", "bf16"), (5120, "f32", "f32"), (2048, "f32", "f16"), (16384, "f32", "bf16")],
 )
-def test_norms(norm: str, residual: bool, hidden: int, x_dtype: str, out_dtype: str) -> None:
+def test_norms(norm: str, residual: str, hidden: int, x_dtype: str, out_dtype: str) -> None:
     random = np.random.default_rng(hidden)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -43,26 +43,28 @@ def test_norms(norm: str, residual: bool, hidden: int, x_dtype: str, out_dtype: 
     )
     tensors = {
         "x_ptr": x,
-        **({"residual_ptr": other} if residual else {}),
+        **({"residual_ptr": other} if residual == "before" else {}),
         "weight_ptr": weight,
         **({"bias_ptr": bias} if norm == "layer" else {}),
-        **({"sum_ptr": total} if residual else {}),
+        **({"residual_ptr": other} if residual == "after" else {}),
+        **({"sum_ptr": total} if residual == "before" else {}),
         "out_ptr": out,
         "dims_ptr": torch.tensor([2, 1, 1, 1], dtype=torch.int32),
     }
     run(source_of(spec, TARGET), norm_grid(spec, 3), tensors)
     assert out[2].isnan().all() and total[2].isnan().all()
-    entered = x[:2].float() + other[:2] if residual else x[:2].float()
-    if residual:
+    entered = x[:2].float() + other[:2] if residual == "before" else x[:2].float()
+    added = other[:2] if residual == "after" else torch.zeros(2, hidden)
+    if residual == "before":
         assert torch.equal(total[:2], entered)
-    exact = formula(norm, entered.double(), weight.double(), bias.double())
-    naive = formula(norm, entered, weight, bias).to(out.dtype)
+    exact = formula(norm, entered.double(), weight.double(), bias.double()) + added
+    naive = (formula(norm, entered, weight, bias) + added).to(out.dtype)
     error, allowed = (out[:2].double() - exact).abs().max(), 2 * (naive.double() - exact).abs().max()
     assert error <= allowed, (error, allowed)
 
 
 def test_a_row_of_zeros_is_finite() -> None:
-    spec = norm_spec(norm="rms", hidden=32, eps=1e-6, residual=False, out_dtype="f32", rows_dim=3)
+    spec = norm_spec(norm="rms", hidden=32, eps=1e-6, residual="none", out_dtype="f32", rows_dim=3)
     out = torch.full((1, 32), torch.nan)
     tensors = {"x_ptr": torch.zeros(1, 32), "weight_ptr": torch.ones(32), "out_ptr": out}
     run(source_of(spec, TARGET), (1, 1, 1), {**tensors, "dims_ptr": torch.tensor([0, 0, 0, 1], dtype=torch.int32)})

@@ -45,7 +45,7 @@ def test_programs_fit_into_shared_memory() -> None:
 
 def test_grid_and_memory_of_a_spec() -> None:
     variant = GPU_VARIANTS["sm_90"]
-    semantics = (28, 4, 80, 0.1, 0, 0.0, False, "bf16", "bf16", 16)
+    semantics = (28, 4, 80, 0.1, 0, 0.0, False, False, "bf16", "bf16", 16)
     spec = decode_spec(*semantics, sequences=2, longest=8192, variant=variant)
     assert grid(spec, 2) == (2, 4, 32)
     # Seven heads of 64 + 32 columns, their largest scores and totals in 16 places.
@@ -54,5 +54,5 @@ def test_grid_and_memory_of_a_spec() -> None:
     short = decode_spec(*semantics, sequences=2, longest=256, variant=variant)
     assert grid(short, 2) == (2, 4, 1) and workspace_bytes(short, 2) == tickets(short, 2) == 0
     # A window bounds what is read, however long the context.
-    window = decode_spec(28, 4, 80, 0.1, 1024, 0.0, False, "bf16", "bf16", 16, 2, 1 << 20, variant)
+    window = decode_spec(28, 4, 80, 0.1, 1024, 0.0, False, False, "bf16", "bf16", 16, 2, 1 << 20, variant)
     assert grid(window, 2) == (2, 4, 4)
