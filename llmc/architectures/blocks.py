@@ -1,18 +1,18 @@
-"""Every building block that descriptions can name, by its role."""
+"""Every building block that descriptions can name, by its role. Importing this registers all kinds of each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from llmc.architectures import experts, latent
 from llmc.architectures.attention import Attention
-from llmc.architectures.experts import ExpertsMlp, StackedExpertsMlp
 from llmc.architectures.layers import Layer
 from llmc.architectures.mlp import Mlp
 from llmc.architectures.norms import Norm
 from llmc.architectures.positions import Positions
 
-__all__ = ["ROLES", "Layer"]
+__all__ = ["ROLES", "Layer", "experts", "latent"]
 
 ROLES: Mapping[str, Any] = {
     "positions": Positions,
@@ -22,5 +22,3 @@ ROLES: Mapping[str, Any] = {
     "layer": Layer,
 }
 """Their classes; the kinds of each are in its `kinds`."""
-
-assert {ExpertsMlp, StackedExpertsMlp} <= set(Mlp.kinds.values())
