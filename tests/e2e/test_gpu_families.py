@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.importers.hf import import_model
+from llmc.inspection import read_graph
 from llmc.ir.errors import NoKernel
+from llmc.report.verification import first_divergent
 from tests.architectures.families import FAMILIES
 from tests.backends.triton.interpreted_package import compile_interpreted, load_interpreted
 from tests.fixtures import REPOSITORY
@@ -64,11 +67,22 @@ def test_windows_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     judge = make_model(case.model_type, seed=1, **two_layers("gemma2"))
     folder = save(judge, tmp_path / "model")
     model, _ = load_interpreted(tmp_path / "p", compile_interpreted(monkeypatch, folder, tmp_path / "p"))
-    prompt = np.random.default_rng(1).integers(0, 503, 46).tolist()
-    completion, other = model.generate([prompt, prompt[:3]], max_new_tokens=4, ignore_eos=True)
+    prompt = np.random.default_rng(1).integers(0, 503, 36).tolist()
+    completion, other = model.generate([prompt, prompt[:3]], max_new_tokens=3, ignore_eos=True)
     for given, chosen in ((prompt, completion.token_ids), (prompt[:3], other.token_ids)):
         expected = logits(judge, [*given, *chosen])[len(given) - 1 : -1]
         assert chosen == expected.argmax(-1).tolist()
+
+
+def test_every_node_is_compared_with_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of queries and keys in bf16, before keys in 8 bits, launch by launch."""
+    folder = save(make_model("qwen3", **two_layers("qwen3")).bfloat16(), tmp_path / "model")
+    sources = compile_interpreted(monkeypatch, folder, tmp_path / "p", quant="q4g128", kv_quant="fp8")
+    model, _ = load_interpreted(tmp_path / "p", sources)
+    report = model.verify()
+    assert report.ok, str(report)
+    graph, load = read_graph(tmp_path / "p", "prefill"), import_model(folder).weights.load
+    assert first_divergent(model, graph, load, report.tolerance) == ""
 
 
 def test_the_page_names_what_is_refused() -> None:
