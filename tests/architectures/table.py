@@ -58,9 +58,9 @@ FAMILY_HEAD = "| family | description | blocks | lines | error |\n|---|---|---|-
 
 
 def section(title: str) -> list[str]:
-    """The lines of a section's table."""
+    """The lines of a section's table; prose may begin with a bar too."""
     text = PAGE.read_text(encoding="utf-8").split(f"## {title}\n", 1)[1].split("\n#", 1)[0]
-    return [line for line in text.splitlines() if line.startswith("|")]
+    return [line for line in text.splitlines() if line.startswith(("| ", "|-"))]
 
 
 def rewrite(title: str, table: str) -> None:

@@ -35,7 +35,7 @@ WITHOUT_KERNELS = {
 def two_layers(family: str) -> dict[str, Any]:
     """The family's configuration, with fewer layers: the interpreter takes a millisecond for every program."""
     return {
-        key: 2 if key in ("num_hidden_layers", "n_layer", "n_layers") else value[:2] if key == "layer_types" else value
+        key: 2 if key in ("num_hidden_layers", "n_layer", "n_layers") else value[:2] if isinstance(value, list) else value
         for key, value in FAMILIES[family].config.items()
     }
 
