@@ -34,10 +34,13 @@ WITHOUT_KERNELS = {
 
 def two_layers(family: str) -> dict[str, Any]:
     """The family's configuration, with fewer layers: the interpreter takes a millisecond for every program."""
-    return {
-        key: 2 if key in ("num_hidden_layers", "n_layer", "n_layers") else value[:2] if isinstance(value, list) else value
-        for key, value in FAMILIES[family].config.items()
-    }
+    config = dict(FAMILIES[family].config)
+    for key, value in config.items():
+        if key in ("num_hidden_layers", "n_layer", "n_layers"):
+            config[key] = 2
+        elif isinstance(value, list):
+            config[key] = value[:2]
+    return config
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITHOUT_KERNELS])
