@@ -19,11 +19,13 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Where a GPU is, with a Python that has torch, Triton and pytest: nothing is installed, and no TVM is needed.
+# Where a GPU is, with a Python that has torch, Triton and pytest-xdist: nothing is installed, and no TVM is needed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+GPU_TESTS ?= 8
 test-gpu:
 	@if [ -e /dev/nvidiactl ]; then \
-	LLMC_TEST_GPU=1 $(GPU_PYTHON) -m pytest -o minversion=7 -W default tests/backends/triton tests/e2e/test_gpu.py; \
+	LLMC_TEST_GPU=1 $(GPU_PYTHON) -m pytest -o minversion=7 -W default -n $(GPU_TESTS) -m 'not static' \
+	tests/backends/triton tests/e2e/test_gpu.py; \
 	else echo "No CUDA device on this machine (/dev/nvidiactl is absent): the GPU tests were not run."; fi
 
 clean:

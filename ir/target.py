@@ -66,6 +66,12 @@ class GpuVariant:
         return self.capability >= (8, 9)
 
     @property
+    def exact(self) -> bool:
+        """Whether its code runs on this very architecture alone, and its PTX as well: Triton uses what only the targets
+        sm_90a and sm_100a have (PTX ISA, `.target`)."""
+        return self.capability >= (9, 0)
+
+    @property
     def has_dependent_launch(self) -> bool:
         """Whether a kernel may start before its predecessor ends, and wait inside: from Hopper on."""
         return self.capability >= (9, 0)

@@ -56,7 +56,7 @@ class TritonBackend:
         return plan_entry(name, graph, self.variants, self.longest, self.tunings)
 
     def compile(self, entries: Sequence[GpuEntry], scratch: Path) -> Kernels:
-        """See `Backend`. One archive of cubins and PTX for each architecture, and what its kernels take of the chip."""
+        """See `Backend`. One archive of code for each architecture, and what its kernels take of the chip."""
         files: dict[str, bytes] = {}
         seconds: dict[str, float] = {}
         described = []
@@ -66,7 +66,7 @@ class TritonBackend:
             compiled = compile_sources([source_of(spec, variant) for spec in specs.values()], variant)
             seconds |= {name: max(seconds.get(name, 0.0), kernel.seconds) for name, kernel in compiled.items()}
             manifest = _described(variant)
-            files[manifest["kernels"]] = _archive(compiled)
+            files[manifest["kernels"]] = _archive(compiled, with_ptx=not variant.exact)
             files[manifest["resources"]] = to_json({name: k.as_json() for name, k in compiled.items()})
             described.append(manifest)
         launcher = build_launcher(scratch)
@@ -100,6 +100,7 @@ def _described(variant: GpuVariant) -> dict[str, Any]:
     return {
         "name": variant.name,
         "capability": list(variant.capability),
+        "exact": variant.exact,
         "kernels": f"kernels-{variant.name}.zip",
         "resources": f"kernels-{variant.name}.json",
         "plan": f"plan-{variant.name}.json",
@@ -108,11 +109,11 @@ def _described(variant: GpuVariant) -> dict[str, Any]:
     }
 
 
-def _archive(compiled: Mapping[str, Compiled]) -> bytes:
+def _archive(compiled: Mapping[str, Compiled], with_ptx: bool) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name, kernel in compiled.items():
-            for kind, content in (("cubin", kernel.cubin), ("ptx", kernel.ptx)):
+            for kind, content in (("cubin", kernel.cubin), ("ptx", kernel.ptx))[: 1 + with_ptx]:
                 archive.writestr(zipfile.ZipInfo(f"{name}.{kind}", _DATE), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 

@@ -61,8 +61,9 @@ def read_rope(settings: Settings, types: Mapping[str, RopeType], max_positions: 
     if not isinstance(name, str) or name not in types:
         raise ConfigurationError(f"{where}: the rope type {name!r} is not supported; {nearest(str(name), types)}")
     kind = types[name]
-    theta = _same(settings, given, "rope_theta", where)
-    partial = _same(settings, given, "partial_rotary_factor", where)
+    theta = _inside_or_beside(settings, given, "rope_theta", where)
+    # transformers reads the table first, and has written a family's default beside it (Phi's in 5.17)
+    partial = _inside_or_beside(settings, given, "partial_rotary_factor", where, may_differ=True)
     outer = settings.take("original_max_position_embeddings")
     if outer is not None and "original_max_position_embeddings" in (*kind.needs, *kind.may):
         given["original_max_position_embeddings"] = outer
@@ -103,12 +104,12 @@ def _spelling(settings: Settings) -> tuple[dict[str, Any], str]:
     return {k: v for k, v in value.items() if v is not None}, f"{settings.source}, {key}"
 
 
-def _same(settings: Settings, given: dict[str, Any], key: str, where: str) -> Any:
-    """A key that stands inside the table or beside it."""
+def _inside_or_beside(settings: Settings, given: dict[str, Any], key: str, where: str, may_differ: bool = False) -> Any:
+    """A key that stands inside the table or beside it; where both stand, the one inside counts."""
     inner, outer = given.pop(key, None), settings.stated(key)
     if inner is None and outer is None and key in settings:
         outer = settings.get(key)
-    if inner is not None and outer is not None and inner != outer:
+    if not may_differ and inner is not None and outer is not None and inner != outer:
         raise ConfigurationError(f"{where}: {key} is {inner!r} here and {outer!r} beside it")
     return outer if inner is None else inner
 

@@ -15,6 +15,7 @@ from .cuda_plan import read_cuda_plan
 from .errors import ModelError
 from .manifest import Manifest, Variant
 
+_LAST_NOT_EXACT = (8, 9)
 _DEVICE = re.compile(r"cuda(?::([0-9]{1,4}))?")
 
 
@@ -39,17 +40,23 @@ def wanted_ordinal(device: Any) -> int:
 def choose_cuda_variant(variants: Sequence[Variant], capability: tuple[int, int], device: str) -> Choice:
     """The variant for a device of this compute capability.
 
-    Code runs on its own architecture and on later ones of the same major version. For an architecture that came later,
-    the driver can compile the text of an earlier one. Raises `ModelError` naming what there is.
+    Code runs on its own architecture and, unless it is exact, on later ones of the same major version. For an
+    architecture that came later still, the driver can compile the text of an earlier one. Raises `ModelError` naming
+    what there is.
     """
-    older = [(v.capability, v) for v in variants if v.capability is not None and v.capability <= capability]
-    if not older:
-        have = ", ".join(v.name for v in variants) or "nothing"
+    fitting = [
+        (v.capability, v)
+        for v in variants
+        if v.capability is not None and (v.capability == capability or (v.capability < capability and not v.exact))
+    ]
+    if not fitting:
+        have = ", ".join(v.name + (" (and no later one)" if v.exact else "") for v in variants) or "nothing"
+        other = ", or for cuda:sm_89, whose code later GPUs take too" if capability > _LAST_NOT_EXACT else ""
         raise ModelError(
             f"{device} has compute capability {capability_text(capability)}, and the package holds {have}: "
-            f"compile it for cuda:sm_{capability[0]}{capability[1]}"
+            f"compile it for cuda:sm_{capability[0]}{capability[1]}{other}"
         )
-    found, variant = max(older, key=lambda pair: pair[0])
+    found, variant = max(fitting, key=lambda pair: pair[0])
     return Choice(variant, ptx=found[0] != capability[0])
 
 

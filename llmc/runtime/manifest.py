@@ -38,7 +38,8 @@ class ModelFacts:
 class Variant:
     """Kernels for one level of a processor or one architecture of GPUs: files by name, and what the machine must have.
 
-    For a GPU `requires` is empty, `resources` says how to launch the kernels, and `capability` is what they are for.
+    For a GPU `requires` is empty, `resources` says how to launch the kernels, and `capability` is what they are for:
+    exactly that if `exact`, else also what came later.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Variant:
     plan: str = "plan.json"
     resources: str | None = None
     capability: tuple[int, int] | None = None
+    exact: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -187,11 +189,13 @@ def _variant(field: Field) -> Variant:
 
 def _cuda_variant(field: Field) -> Variant:
     major, minor = (item.integer(0, _MAX_CAPABILITY) for item in field.key("capability").items(2))
+    exact = field.optional("exact")
     return replace(
         _variant(field),
         plan=field.key("plan").file_name(),
         resources=field.key("resources").file_name(),
         capability=(major, minor),
+        exact=exact.boolean() if exact else False,
     )
 
 

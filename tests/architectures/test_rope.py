@@ -78,6 +78,10 @@ def test_frequencies_are_those_of_transformers(case: str, head_dim: int, theta: 
             {"partial_rotary_factor": 0.5, "rope_theta": 7.0},
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 7.0}},
         ),
+        (
+            {"partial_rotary_factor": 0.25},
+            {"rope_parameters": {"partial_rotary_factor": 0.25}, "partial_rotary_factor": 0.5},
+        ),
         ({"rope_theta": 9.0}, {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 9.0}}}),
     ],
 )

@@ -27,9 +27,10 @@ def device() -> CudaDevice:
 
 @functools.cache
 def variant() -> GpuVariant:
-    """The architecture of the first GPU, or the newest that its code runs on."""
-    major = [v for v in GPU_VARIANTS.values() if v.capability[0] == device().capability[0]]
-    return max((v for v in major if v.capability <= device().capability), key=lambda v: v.capability)
+    """The architecture of the first GPU, or the newest whose code it runs."""
+    own = device().capability
+    major = [v for v in GPU_VARIANTS.values() if v.capability[0] == own[0] and (v.capability == own or not v.exact)]
+    return max((v for v in major if v.capability <= own), key=lambda v: v.capability)
 
 
 @functools.cache

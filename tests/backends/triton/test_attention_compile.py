@@ -16,6 +16,8 @@ from llmc.backends.triton.kernels.rope_append import append_spec
 from llmc.ir.errors import LlmcError
 from llmc.ir.target import GPU_VARIANTS, GpuVariant
 
+pytestmark = pytest.mark.static
+
 BYTES = {"bf16": 2, "f8e4m3": 1, "i8": 1}
 
 

@@ -16,6 +16,8 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.target import GPU_VARIANTS
 from llmc.ir.types import DType
 
+pytestmark = pytest.mark.static
+
 DELIVERED = 0.9
 """Of a datasheet's bandwidth: an H200 copies 4.3 TB/s of its 4.8."""
 

@@ -16,6 +16,8 @@ from llmc.backends.triton.kernels.select_token import select_token_spec
 from llmc.ir.target import GPU_VARIANTS
 from llmc.ir.types import DType
 
+pytestmark = pytest.mark.static
+
 SPECS: tuple[KernelSpec, ...] = (
     embedding_spec(1000, 4096, DType.BF16, blocks=False),
     embedding_spec(1000, 4096, DType.F16, blocks=True),

@@ -16,6 +16,8 @@ from llmc.ir.quant import FORMATS
 from llmc.ir.target import GPU_VARIANTS, GpuVariant
 from llmc.ir.types import DType
 
+pytestmark = pytest.mark.static
+
 F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
 APPEND: dict[str, Any] = {
     "epilogue": "append",

@@ -7,6 +7,7 @@ argument points into device memory, and computes nothing: what is shown is the p
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ loaded = model.info["loaded"]
 print(json.dumps({
     "seen": [x for x in seen if x != "load None"],
     "tokens": [c.token_ids for c in text],
+    "variant": loaded["variant"],
     "code": loaded["code"],
     "launcher": loaded["launcher"],
     "kernels": model.info["kernels"],
@@ -43,10 +45,13 @@ model.close()
 def tiny(tmp_path_factory: pytest.TempPathFactory, compiled: Compile) -> Path:
     model = tiny_models.make_model("llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
     folder = tiny_models.save(model.bfloat16(), tmp_path_factory.mktemp("tiny") / "model")
-    return compiled(folder, target="cuda:sm_90", quant="q4", limits=Limits(tokens=32, sequences=2, outputs=2))
+    return compiled(folder, target="cuda:sm_80,sm_90", quant="q4", limits=Limits(tokens=32, sequences=2, outputs=2))
 
 
-@pytest.mark.parametrize(("capability", "code"), [("9.0", "cubin"), ("10.0", "PTX, compiled by the driver")])
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [("8.6", "sm_80, cubin"), ("9.0", "sm_90, cubin"), ("10.0", "sm_80, PTX, compiled by the driver")],
+)
 def test_a_compiled_package_stands_alone(tiny: Path, capability: str, code: str, fake_driver: FakeCuda) -> None:
     """Nothing of ours, no child process, nothing written, nothing compiled but, on a later chip, the driver's PTX."""
     found = run_isolated(
@@ -58,7 +63,7 @@ def test_a_compiled_package_stands_alone(tiny: Path, capability: str, code: str,
     )
     native = build_launcher(tiny.parent) is not None
     assert found["seen"] == ["load libcuda.so.1", *(["load launcher.so"] if native else [])]
-    assert found["code"] == code
+    assert f"{found['variant']}, {found['code']}" == code
     assert [len(ids) for ids in found["tokens"]] == [6, 6]
     assert len(found["kernels"]) >= 6
 
@@ -77,3 +82,14 @@ def test_every_kernel_takes_what_the_plan_gives_it(tiny: Path, cuda: FakeCuda) -
     taken = {found["function"]: found["arguments"] + 2 for found in kernels.values()}
     for launch in launches:
         assert len(launch.arguments) == taken[launch.name]
+
+
+def test_text_is_carried_where_later_gpus_can_use_it(tiny: Path) -> None:
+    """PTX for sm_90a is refused by every other architecture, so that it would only be weight."""
+    kinds = {}
+    for name in ("sm_80", "sm_90"):
+        with zipfile.ZipFile(tiny / f"kernels-{name}.zip") as archive:
+            kinds[name] = {Path(member).suffix for member in archive.namelist()}
+            texts = [archive.read(member) for member in archive.namelist() if member.endswith(".ptx")]
+            assert all(b".target sm_80\n" in text for text in texts)
+    assert kinds == {"sm_80": {".cubin", ".ptx"}, "sm_90": {".cubin"}}

@@ -318,7 +318,7 @@ def test_a_newer_gpu_gets_text(package: Path, cuda: FakeCuda, monkeypatch: pytes
 
 
 def variants(*capabilities: tuple[int, int]) -> list[Variant]:
-    return [Variant(f"sm_{a}{b}", "k", "w", (), "p", "r", (a, b)) for a, b in capabilities]
+    return [Variant(f"sm_{a}{b}", "k", "w", (), "p", "r", (a, b), exact=a >= 9) for a, b in capabilities]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,9 @@ def variants(*capabilities: tuple[int, int]) -> list[Variant]:
         ([(9, 0), (8, 0)], (8, 9), ("sm_80", False)),
         ([(8, 0), (8, 6)], (8, 9), ("sm_86", False)),
         ([(8, 0), (8, 9)], (8, 6), ("sm_80", False)),
-        ([(8, 0), (9, 0)], (12, 0), ("sm_90", True)),
+        ([(8, 0), (9, 0)], (12, 0), ("sm_80", True)),
+        ([(8, 9), (10, 0)], (10, 3), ("sm_89", True)),
+        ([(8, 9), (10, 0)], (10, 0), ("sm_100", False)),
         ([(8, 0), (10, 0)], (9, 0), ("sm_80", True)),
     ],
 )
@@ -339,8 +341,26 @@ def test_the_choice_of_a_variant(
     assert (choice.variant.name, choice.ptx) == expected
 
 
-def test_no_variant_fits() -> None:
-    with pytest.raises(
-        ModelError, match=r"capability 7\.5, and the package holds sm_80, sm_90: compile it for cuda:sm_75"
-    ):
-        choose_cuda_variant(variants((8, 0), (9, 0)), (7, 5), "cuda:0")
+@pytest.mark.parametrize(
+    ("have", "device", "message"),
+    [
+        (
+            [(8, 0), (9, 0)],
+            (7, 5),
+            "capability 7.5, and the package holds sm_80, sm_90 (and no later one): compile it for cuda:sm_75",
+        ),
+        (
+            [(9, 0)],
+            (10, 0),
+            (
+                "capability 10.0, and the package holds sm_90 (and no later one): compile it for cuda:sm_100, or for "
+                "cuda:sm_89, whose code later GPUs take too"
+            ),
+        ),
+        ([(8, 9)], (8, 6), "capability 8.6, and the package holds sm_89: compile it for cuda:sm_86"),
+    ],
+)
+def test_no_variant_fits(have: list[tuple[int, int]], device: tuple[int, int], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        choose_cuda_variant(variants(*have), device, "cuda:0")
+    assert str(caught.value).endswith(message)
