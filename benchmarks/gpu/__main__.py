@@ -1,4 +1,5 @@
-"""python -m benchmarks.gpu prepare FOLDER | run FOLDER --out OUT | report OUT | predict; see benchmarks/README.md."""
+"""python -m benchmarks.gpu prepare FOLDER | run FOLDER --out OUT | report OUT | predict; of one row, for a profiler,
+step FOLDER | counters FOLDER CSV; see benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.gpu.counters import OPTIONS, compare, planned_launches, read_counters
 from benchmarks.gpu.predict import print_predictions
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.results import Results
@@ -57,6 +59,34 @@ def work_here(options: argparse.Namespace) -> int:
     return work(select(all_rows(), options.rows), Results(options.out), lab, deadline, say)
 
 
+def step(options: argparse.Namespace) -> None:
+    """One step of one row, for a profiler."""
+    import torch
+
+    from benchmarks.gpu.package import OpenPackage
+
+    row = _one(options.rows)
+    torch.cuda.init()
+    package = OpenPackage(options.folder / row.setup.name)
+    steps = package.steps(row)
+    steps.check()
+    with torch.cuda.profiler.profile():
+        steps.launch()
+    package.close()
+
+
+def counters(options: argparse.Namespace) -> None:
+    """What a profiler saw of it."""
+    say(compare(planned_launches(options.folder, _one(options.rows)), read_counters(options.csv)))
+
+
+def _one(patterns: str | None) -> Row:
+    chosen = select(all_rows(), patterns)
+    if len(chosen) != 1:
+        raise ValueError(f"--rows must choose one row, given {patterns!r}, which chooses {len(chosen)}")
+    return chosen[0]
+
+
 def report(options: argparse.Namespace) -> None:
     """Table and picture of what was measured."""
     write_report(options.out, options.results, say)
@@ -72,7 +102,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-COMMANDS = {"prepare": prepare, "run": run, "work": work_here, "report": report, "predict": predict}
+COMMANDS = {
+    "prepare": prepare,
+    "run": run,
+    "work": work_here,
+    "step": step,
+    "counters": counters,
+    "report": report,
+    "predict": predict,
+}
 
 
 def _options() -> argparse.ArgumentParser:
@@ -91,6 +129,9 @@ def _options() -> argparse.ArgumentParser:
     runner.add_argument("--minutes", type=float, default=9.0, help="no row is begun or goes on after so long")
     worker = commands.add_parser("work", parents=[folder, rows, out], help="what `run` starts")
     worker.add_argument("--seconds", type=float, required=True)
+    commands.add_parser("step", parents=[folder, rows], help=f"one step of one row, for ncu {OPTIONS}")
+    counter = commands.add_parser("counters", parents=[folder, rows], help="what ncu counted of it, beside the plan")
+    counter.add_argument("csv", type=Path, help="what ncu wrote")
     reporter = commands.add_parser("report", help="table and picture")
     reporter.add_argument("out", type=Path)
     reporter.add_argument("--results", type=Path, metavar="FOLDER", help="write DATE-GPU.json and .svg there too")

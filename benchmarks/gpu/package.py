@@ -62,6 +62,15 @@ class BenchExecutor(CudaExecutor):
             for _ in range(count):
                 bucket.program.replay(stream)
 
+    def launch(self, entry: str, batch: Batch) -> None:
+        """One step without a graph, waited for: a profiler sees the plan's launches in their order."""
+        with self.lock, self._work():
+            bucket = self._bucket(entry, batch.dims[0])
+            bucket.take(batch, self._inputs)
+            stream = self.device.current_stream()
+            bucket.program.run(stream)
+            self.device.synchronize(stream)
+
     def logits(self, outputs: int) -> Any:
         """The last step's rows of logits, f32[outputs, vocab]."""
         return self._fetch(self._regions["logits"], np.float32, (outputs, self.vocab_size))
@@ -157,6 +166,10 @@ class PackageSteps:
     def take(self) -> None:
         """One step as `model.generate` takes it: waited for, its token copied."""
         self._package.executor.step(self._entry, self._batch)
+
+    def launch(self) -> None:
+        """One step without a graph; see `BenchExecutor.launch`."""
+        self._package.executor.launch(self._entry, self._batch)
 
     def check(self) -> None:
         """Raise `ValueError` unless a step's logits are finite and not all alike: else something was not computed."""
