@@ -113,7 +113,8 @@ def _archive(compiled: Mapping[str, Compiled], with_ptx: bool) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name, kernel in compiled.items():
-            for kind, content in (("cubin", kernel.cubin), ("ptx", kernel.ptx))[: 1 + with_ptx]:
+            contents = {"cubin": kernel.cubin} | ({"ptx": kernel.ptx} if with_ptx else {})
+            for kind, content in contents.items():
                 archive.writestr(zipfile.ZipInfo(f"{name}.{kind}", _DATE), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 

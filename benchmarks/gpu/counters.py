@@ -21,7 +21,7 @@ TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__b
 ISSUED = "smsp__issue_active.avg.pct_of_peak_sustained_active"
 METRICS = (TIME, READ, WRITTEN, ISSUED)
 OPTIONS = (
-    f"--profile-from-start off --clock-control none --cache-control none --csv --print-units base "
+    "--profile-from-start off --clock-control none --cache-control none --csv --print-units base "
     f"--metrics {','.join(METRICS)}"
 )
 """Of ncu: clocks as they are, caches as the kernel before leaves them, nanoseconds and bytes; few enough metrics that a
