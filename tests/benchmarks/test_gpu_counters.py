@@ -79,6 +79,11 @@ def test_one_row_must_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--rows must choose one row, given '8b-*-b1-1k', which chooses 6" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["counters", str(tmp_path), "step.csv", "--rows", "8b-bf16-bf16-b1-1k"]) == 2
+    assert "m8b_bf16_bf16/manifest.json" in capsys.readouterr().err
+
+
 def test_the_step_makes_the_plans_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a profiler sees is what the plan has: the same kernels in the same order, with the bytes of all."""
     setup = Setup("8b", "bf16", "bf16")

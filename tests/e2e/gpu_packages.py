@@ -42,6 +42,11 @@ SAMPLED: list[dict[str, Any]] = [
 ]
 
 
+def dtype_of(name: str) -> str:
+    """Of the weights of the model that one of `PACKAGES` is made of."""
+    return "f32" if name == "f32" else "bf16"
+
+
 def make_model(dtype: str, folder: Path) -> Path:
     """The model as a Hugging Face folder, with weights in f32 or bf16."""
     model = tiny_models.make_model("llama", **SIZES)
@@ -77,7 +82,7 @@ def main(folder: Path, variant: str = "sm_90") -> None:
     """Write models, packages, and the tokens that the CPU backend makes."""
     models = {dtype: make_model(dtype, folder / "models" / dtype) for dtype in ("f32", "bf16")}
     for name in PACKAGES:
-        make_package(name, models["f32" if name == "f32" else "bf16"], folder, variant)
+        make_package(name, models[dtype_of(name)], folder, variant)
     (folder / "tokens.json").write_text(json.dumps(cpu_tokens(models["f32"], folder / "cpu")))
 
 

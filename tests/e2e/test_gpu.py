@@ -63,7 +63,7 @@ def package(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
         from tests.backends.triton import on_gpu
 
         if not (made / name).exists():
-            gpu_packages.make_package(name, model("f32" if name == "f32" else "bf16"), made, on_gpu.variant().name)
+            gpu_packages.make_package(name, model(gpu_packages.dtype_of(name)), made, on_gpu.variant().name)
         return made / name
 
     return get

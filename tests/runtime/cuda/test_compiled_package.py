@@ -7,6 +7,7 @@ argument points into device memory, and computes nothing: what is shown is the p
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from llmc.backends.triton.launcher import build_launcher
 from llmc.options import Limits
+from llmc.runtime.errors import ModelError
 from llmc.runtime.load import load_model
 from tests import tiny_models
 from tests.conftest import Compile
@@ -93,3 +95,23 @@ def test_text_is_carried_where_later_gpus_can_use_it(tiny: Path) -> None:
             texts = [archive.read(member) for member in archive.namelist() if member.endswith(".ptx")]
             assert all(b".target sm_80\n" in text for text in texts)
     assert kinds == {"sm_80": {".cubin", ".ptx"}, "sm_90": {".cubin"}}
+
+
+@pytest.mark.parametrize("capability", ["9.3", "10.3"])
+def test_exact_code_is_refused_elsewhere(
+    tiny: Path, tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    """The manifest says so before the driver is asked; and where a manifest did not, the driver refuses the cubin."""
+    package = shutil.copytree(tiny, tmp_path / tiny.name)
+    manifest = json.loads((package / "manifest.json").read_text())
+    only = manifest["target"]["variants"] = manifest["target"]["variants"][1:]
+    assert [(v["name"], v["exact"]) for v in only] == [("sm_90", True)]
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", capability)
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=r"holds sm_90 \(and no later one\): compile it for cuda:sm_"):
+        load_model(package)
+    if capability == "9.3":
+        only[0]["exact"] = False
+        (package / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ModelError, match="does not take this code"):
+            load_model(package)

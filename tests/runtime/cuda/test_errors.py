@@ -278,6 +278,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "loading mix: cuModuleGetFunction failed",
     ),
     "no capability": (change_variant(capability=None), "variants[0].capability: expected a list of 2 values"),
+    "exact": (change_variant(exact=1), "variants[0].exact: expected true or false"),
     "no plan": (change_variant(plan="../plan.json"), "a relative path inside the package"),
     "unlisted": (change_variant(resources="x.json"), "variant 'sm_90' needs 'x.json', which 'files' does not list"),
     "launcher unlisted": (change_launcher, "the launcher needs 'other.so', which 'files' does not list"),
